@@ -1,0 +1,86 @@
+# Everything runs from a virtual environment in .venv, which the first command below sets up.
+#   PYTHON=python3.12   another interpreter (3.11 or newer)     WORKDIR=DIR   where `make demo` writes
+#   ARGS="-k tokenizer" further arguments for the tests         VENV=DIR      another place for the environment
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/demo
+CONFIG ?= configs/demo.py
+ARGS ?=
+
+run := $(VENV)/.installed-run
+tests := $(VENV)/.installed-test
+python := $(VENV)/bin/python
+pytest := JAX_PLATFORMS=cpu $(python) -m pytest
+
+.PHONY: help demo test test-slow lint clean cut-off
+
+help:
+	@echo 'make demo       train a small model through its whole life here (about 15 minutes) and write the report'
+	@echo 'make test       the fast tests'
+	@echo 'make test-slow  the other tests'
+	@echo 'make lint       style, formatting and types'
+	@echo 'make clean      remove caches (runs/ and $(VENV) stay)'
+
+demo: $(run)
+	@$(python) -m train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+test: $(tests)
+	@$(pytest) -m 'not slow' $(ARGS)
+
+test-slow: $(tests)
+	@$(pytest) -m slow $(ARGS)
+
+lint: $(tests)
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+
+clean:
+	rm -rf .cache
+	find $(wildcard configs data model notebooks tests train) -name __pycache__ -prune -exec rm -rf {} +
+
+# Set-up. A stamp is written only after its installation succeeded, and becomes stale when a requirement file or the
+# interpreter changes. $(VENV)/.installing marks an installation under way: where one was cut off, the environment may
+# hold half a package that pip takes for a whole one, so it is built afresh.
+
+$(run): requirements.txt constraints.txt $(python) $(if $(wildcard $(VENV)/.installing),cut-off)
+	@$(make_venv)
+	@$(call install,requirements.txt,about a minute)
+
+$(tests): requirements-test.txt constraints.txt $(run)
+	@$(call install,requirements-test.txt,some seconds)
+
+# Remade, like its stamps, when it is missing or its interpreter is gone; $(run) does the work.
+$(python): ;
+
+# Without ensurepip (Debian's python3 without python3-venv) pip comes from virtualenv or from the interpreter's own pip.
+define make_venv
+set -e; \
+if [ -e $(VENV)/.installing ]; then rm -rf $(VENV); fi; \
+if ! $(python) -m pip --version >/dev/null 2>&1; then \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+    echo "Torso needs Python 3.11 or newer, and '$(PYTHON)' is not: choose one with PYTHON=python3.11" >&2; exit 1; }; \
+  if [ -e $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi; \
+  mkdir -p $(VENV); touch $(VENV)/.installing; \
+  $(PYTHON) -m venv $(VENV) >/dev/null 2>&1 \
+    || $(PYTHON) -m virtualenv --quiet $(VENV) >/dev/null 2>&1 \
+    || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(python) install -qq pip; } 2>/dev/null \
+    || { echo "'$(PYTHON)' cannot make a virtual environment: install its venv module" \
+      "(Debian, Ubuntu: apt install python3-venv) or choose another with PYTHON=" >&2; exit 1; }; \
+  rm -f $(VENV)/.installing; \
+fi
+endef
+
+# $(call install,FILE,DURATION). Byte code is left to the first import, which halves the time an installation takes.
+# constraints.txt is the tested set of Python 3.11; newer Pythons take the ranges alone.
+define install
+set -e; trap 'exit 130' INT; \
+echo 'Installing $(1) into $(VENV) ($(2)) ...'; \
+touch $(VENV)/.installing; \
+exact="$$($(python) -c 'import sys; print("--constraint=constraints.txt" * (sys.version_info[:2] == (3, 11)))')"; \
+$(python) -m pip install -qq --no-compile --disable-pip-version-check --requirement=$(1) $$exact || { \
+  rm -f $(VENV)/.installing; echo 'The installation failed; the reason is above.' >&2; exit 1; }; \
+rm -f $(VENV)/.installing; \
+touch $@
+endef

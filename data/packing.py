@@ -1,0 +1,95 @@
+"""One record to tokens and loss weights, and tokens into the rows of a batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data.chat import render_chat
+from data.errors import InputError
+from data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (int32 [n]) and loss weights (float32 [n]) of a record. Weight t is that of predicting token t.
+
+    A record is one of
+      {'text'}                     begin, text, end: all learnt
+      {'messages'}                 a chat: the assistant's words and its stop tokens are learnt
+      {'prompt', 'completion'}     begin, prompt, completion, end: the completion and end are learnt
+      {'tokens'[, 'loss_weight']}  as they are
+    The first token has nothing before it and weighs 0. Raises InputError for any other record.
+    """
+    if 'tokens' in record:
+        tokens = _token_array(record['tokens'], tokenizer.vocab_size)
+        weight = np.asarray(record.get('loss_weight', np.ones(len(tokens))), np.float32).copy()
+        if weight.shape != tokens.shape:
+            raise InputError(f'loss_weight: expected one per token ({len(tokens)}), got shape {weight.shape}')
+    elif 'text' in record:
+        ids = tokenizer.encode(_text(record, 'text'))
+        tokens = np.array([tokenizer.begin_id, *ids, tokenizer.end_id], np.int32)
+        weight = np.ones(len(tokens), np.float32)
+    elif 'messages' in record:
+        chat, mask = render_chat(record['messages'], tokenizer)
+        tokens, weight = np.array(chat, np.int32), np.array(mask, np.float32)
+    elif 'prompt' in record and 'completion' in record:
+        prompt = [tokenizer.begin_id, *tokenizer.encode(_text(record, 'prompt'))]
+        completion = [*tokenizer.encode(_text(record, 'completion')), tokenizer.end_id]
+        tokens = np.array(prompt + completion, np.int32)
+        weight = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(completion)])
+    else:
+        raise InputError(f'record has {sorted(record)}: expected text, messages, tokens, or prompt and completion')
+    weight[0] = 0
+    return tokens, weight
+
+
+def empty_batch(rows: int, length: int, pad_id: int) -> Batch:
+    """A batch of nothing but padding: arrays [rows, length]."""
+    return {
+        'tokens': np.full((rows, length), pad_id, np.int32),
+        'positions': np.zeros((rows, length), np.int32),
+        'segments': np.zeros((rows, length), np.int32),
+        'loss_weight': np.zeros((rows, length), np.float32),
+    }
+
+
+class RowWriter:
+    """Fills one row of a batch, segment after segment."""
+
+    def __init__(self, batch: Batch, row: int):
+        self._row = {name: array[row] for name, array in batch.items()}
+        self._filled = 0
+        self._segments = 0
+
+    @property
+    def space(self) -> int:
+        """Tokens that still fit."""
+        return len(self._row['tokens']) - self._filled
+
+    def write(self, tokens: np.ndarray, loss_weight: np.ndarray) -> None:
+        """Appends a segment that fits; its positions restart at 0, and its first token, unpredictable, weighs 0."""
+        begin, end = self._filled, self._filled + len(tokens)
+        self._segments += 1
+        self._row['tokens'][begin:end] = tokens
+        self._row['positions'][begin:end] = np.arange(len(tokens), dtype=np.int32)
+        self._row['segments'][begin:end] = self._segments
+        self._row['loss_weight'][begin:end] = loss_weight
+        self._row['loss_weight'][begin] = 0
+        self._filled = end
+
+
+def _token_array(ids: Any, vocab_size: int) -> np.ndarray:
+    tokens = np.asarray(ids)
+    if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f'tokens: expected a non-empty list of token ids, got {str(ids)[:60]}')
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise InputError(f'tokens: expected ids from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}')
+    return tokens.astype(np.int32)
+
+
+def _text(record: Mapping[str, Any], field: str) -> str:
+    if not isinstance(record[field], str):
+        raise InputError(f'{field}: expected a string, got {type(record[field]).__name__}')
+    return record[field]

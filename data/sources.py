@@ -1,0 +1,95 @@
+"""Sources: where records come from. `open_source({'type': ..., ...})` gives something with a length and `source[i]`.
+
+A record is a dict with `text`, `messages`, `tokens`, or `prompt` and `completion`; other keys say where it is from.
+Access is random, so that any process can read just the rows it needs, and what can be checked is checked on opening:
+before compute.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from data import corpus
+from data.errors import InputError, did_you_mean
+from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
+from data.mixture import as_dict
+from data.tasks import get_task
+
+# A procedural task never runs out: any index below this is a problem.
+ENDLESS = 2**31
+
+
+class Source(Protocol):
+    """Random access to records. One with a true attribute `endless` is read in order and never shuffled."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class TaskSource:
+    """The problems of a procedural task with their reference answers, as text or as chats."""
+
+    endless = True
+
+    def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
+        """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
+        if format not in ('text', 'chat'):
+            raise InputError(f'source task: format {format!r}: expected text or chat')
+        self.task = get_task(name, split=split, **options)
+        self._format = format
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Record:
+        prompt = self.task.prompt(index)
+        if self._format == 'text':
+            return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
+        messages = [{'role': 'user', 'content': prompt.text}, {'role': 'assistant', 'content': prompt.reference}]
+        return {'messages': messages, 'key': prompt.key}
+
+
+def open_source(spec: Any) -> Source:
+    """The source that a mapping `{'type': TYPE, option: value, ...}` describes.
+
+      stdlib, stdlib_instructions   split
+      task                          name, split, format ('text' or 'chat'), and the task's own options
+      jsonl, arrayrecord, parquet   path (a file or a glob), field
+      text                          path (a file, a folder or a glob): one document a file
+      tfds                          name or path, split, field
+
+    `field` names what is to be read as the text. Raises InputError for an unknown type or option, and where the first
+    records (for JSON Lines: any) are not what a source should hold.
+    """
+    options = as_dict(spec)
+    kind = options.pop('type', None)
+    if kind not in _TYPES:
+        raise InputError(f'source: type {kind!r}{did_you_mean(str(kind), _TYPES)}')
+    opener = _TYPES[kind]
+    parameters = inspect.signature(opener).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for name in options:
+            if name not in parameters:
+                raise InputError(f'source {kind}: no option {name!r}{did_you_mean(name, parameters)}')
+    for name, parameter in parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if required and options.get(name) in (None, ''):
+            raise InputError(f'source {kind}: option {name!r} is missing')
+    source = opener(**options)
+    if len(source) == 0:
+        raise InputError(f'source {kind}: no records in it')
+    source[0]
+    return source
+
+
+_TYPES: dict[str, Callable[..., Source]] = {
+    'stdlib': lambda split='train': corpus.standard_library(split),
+    'stdlib_instructions': lambda split='train': corpus.instructions(split),
+    'task': TaskSource,
+    'jsonl': JsonLinesSource,
+    'arrayrecord': ArrayRecordSource,
+    'parquet': ParquetSource,
+    'text': TextSource,
+    'tfds': TfdsSource,
+}

@@ -1,0 +1,188 @@
+"""Checkpointable batches from sources: which records make step N depends on the config alone.
+
+A global batch has R logical rows. Row r owns records r, r + R, ... of every source's shuffled order and fills itself
+without looking at other rows, so a process builds just the rows its devices need, and a state saved by two hundred
+processes restores on one. Within a row, sources take turns by what they are owed: after n tokens, each is owed its
+weight times n. A long document is cut where the row ends and goes on when its source is next in turn, as a new
+segment.
+"""
+
+import atexit
+import queue
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from data.errors import InputError
+from data.mixture import Mixture, validate_mixture, weights_at
+from data.packing import Batch, RowWriter, empty_batch
+from data.rows import Order, Row
+from data.sources import Source
+from data.tokenizer import Tokenizer
+
+State = dict[str, Any]
+
+
+class Stream(Protocol):
+    """What the train loop takes batches from. The state is JSON-able and immutable, and belongs to that batch."""
+
+    def next(self, step: int, variables: Any = None) -> tuple[Batch, State]: ...
+
+    def restore(self, state: State) -> None: ...
+
+
+class RowStream:
+    """Rows packed from sources in the proportions of a mixture."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        mixture: Mixture,
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        sequence_length: int,
+        steps: int,
+        seed: int,
+        split_documents: bool = True,
+        rows_here: range | None = None,
+    ):
+        """
+        Args:
+          mixture: see `data.mixture`; its fractions are of `steps`.
+          rows: rows of the global batch (R).
+          split_documents: whether a record may be cut at the end of a row. If not, one that does not fit goes to the
+            next row and the rest of this one is padding; one longer than a row is skipped and counted.
+          rows_here: the rows this process builds; all by default.
+
+        Raises InputError for a mixture that does not match the sources, and for an empty source.
+        """
+        validate_mixture(mixture, sources)
+        for name, source in sources.items():
+            if len(source) == 0:
+                raise InputError(f'source {name!r}: no records in it')
+            made_with = getattr(source, 'tokenizer_fingerprint', None)
+            if made_with not in (None, tokenizer.fingerprint):
+                raise InputError(f'source {name!r}: its tokens come from another tokenizer ({made_with[:12]}...)')
+        self._mixture = mixture
+        self._tokenizer = tokenizer
+        self._rows_total = rows
+        self._length = sequence_length
+        self._steps = steps
+        rows_here = range(rows) if rows_here is None else rows_here
+        orders = {name: Order(name, source, seed) for name, source in sources.items()}
+        self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents) for row in rows_here}
+        self._step = 0
+
+    def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
+        """The batch of `step`, arrays [rows here, sequence_length], and the state after it. Steps come in order.
+
+        tokens, positions (from 0 in each segment), segments (1, 2, ... in each row; 0 is padding): int32. loss_weight:
+        float32, of predicting that token; 0 at padding and at each segment's first token.
+        """
+        if step != self._step:
+            raise ValueError(f'stream: asked for step {step}, but step {self._step} is next')
+        weights = weights_at(self._mixture, step / self._steps)
+        batch = empty_batch(len(self._rows), self._length, self._tokenizer.pad_id)
+        for i, row in enumerate(self._rows.values()):
+            row.fill(RowWriter(batch, i), weights)
+        self._step += 1
+        return batch, self._state()
+
+    def restore(self, state: State) -> None:
+        """Goes on after the batch that `state` came with; it may hold more rows than this process builds."""
+        if state['total_rows'] != self._rows_total:
+            raise InputError(f'stream state: made with rows={state["total_rows"]}, now rows={self._rows_total}')
+        for number, row in self._rows.items():
+            if str(number) not in state['rows']:
+                raise InputError(f'stream state: no row {number} in it')
+            row.restore(state['rows'][str(number)])
+        self._step = state['step']
+
+    def _state(self) -> State:
+        rows = {str(number): row.state() for number, row in self._rows.items()}
+        return {'step': self._step, 'total_rows': self._rows_total, 'rows': rows}
+
+
+def consumed(state: State) -> dict[str, int]:
+    """Tokens so far by source, over the rows of a state of a `RowStream`."""
+    return _totals(state, 'consumed')
+
+
+def skipped(state: State) -> dict[str, int]:
+    """Records that did not fit into a row so far, by source."""
+    return _totals(state, 'skipped')
+
+
+def _totals(state: State, field: str) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for row in state['rows'].values():
+        for name, source in row['sources'].items():
+            totals[name] = totals.get(name, 0) + source[field]
+    return totals
+
+
+class Prefetch:
+    """Makes the batches of an offline stream ahead of time, in a thread of its own.
+
+    The thread starts at the first `next` and takes steps in order; an error in it surfaces in the `next` it belongs to.
+    """
+
+    def __init__(self, stream: Stream, depth: int = 2):
+        """`depth` is the number of batches to keep ready."""
+        self._stream = stream
+        self._depth = depth
+        self._thread: threading.Thread | None = None
+
+    def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
+        """As `RowStream.next`."""
+        if self._thread is None:
+            self._start(step)
+        if step != self._expected:
+            raise ValueError(f'stream: asked for step {step}, but step {self._expected} is next')
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._stop()
+            raise item
+        self._expected += 1
+        return item
+
+    def restore(self, state: State) -> None:
+        """As `RowStream.restore`; batches made ahead are dropped."""
+        self._stop()
+        self._stream.restore(state)
+
+    def close(self) -> None:
+        """Ends the thread; the next call of `next` needs a `restore` before it."""
+        self._stop()
+
+    def _start(self, step: int) -> None:
+        self._expected = step
+        self._ready: queue.Queue[Any] = queue.Queue(self._depth)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(step,), name='prefetch', daemon=True)
+        self._thread.start()
+        # A thread that is inside the tokenizer's Rust code when the interpreter goes down can abort the process.
+        atexit.register(self._stop)
+
+    def _stop(self) -> None:
+        if self._thread is not None:
+            atexit.unregister(self._stop)
+            self._stopping.set()
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, step: int) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._put(self._stream.next(step))
+                step += 1
+        except BaseException as error:  # handed over to the thread that waits
+            self._put(error)
+
+    def _put(self, item: Any) -> None:
+        while not self._stopping.is_set():
+            try:
+                return self._ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue

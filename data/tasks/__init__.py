@@ -1,0 +1,200 @@
+"""Tasks: endless problems with verifiers, split into train and held-out by the problem itself.
+
+A task is one file of this package: a dataclass whose fields are its options, decorated with `@register(name)`. It is
+found by being there.
+"""
+
+import functools
+import hashlib
+import importlib
+import pkgutil
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+
+from data.errors import InputError, did_you_mean
+
+SPLITS = ('train', 'heldout')
+HELDOUT_ONE_IN = 10
+MAX_DRAWS = 10_000  # before an option set is declared to have no problem in the split
+BLANK = ' \t\r\n'
+ANSWER = 'Answer:'
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem. `key` is its canonical text, which decides the split; `info` is JSON-able and all `verify` needs."""
+
+    text: str
+    reference: str
+    key: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A judged step: `completion[start:end]` earned `score` in [0, 1]. A missing step has start == end."""
+
+    name: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`score` in [0, 1] for the whole completion; `reason` is a short line when the score is below 1."""
+
+    score: float
+    parts: tuple[Part, ...] = ()
+    reason: str = ''
+
+
+class Task(Protocol):
+    name: ClassVar[str]
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
+
+
+@dataclass(kw_only=True)
+class ProceduralTask:
+    """A task that draws its problems from a seed. Subclasses are dataclasses, their fields are the options.
+
+    `prompt(index)` is a pure function of (task, options, split, index), the same in every process.
+    """
+
+    name: ClassVar[str]
+    split: str = 'train'
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f'task {self.name!r}: unknown split {self.split!r}{did_you_mean(self.split, SPLITS)}')
+
+    def draw(self, rng: random.Random) -> tuple[str, Any]:
+        """The key of a problem of either split, and whatever `pose` needs of it."""
+        raise NotImplementedError
+
+    def pose(self, key: str, problem: Any, rng: random.Random) -> Prompt:
+        """The prompt of a drawn problem; called for problems of the right split only."""
+        raise NotImplementedError
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict:
+        """Judge a completion. Work is linear in its length, whatever it holds."""
+        raise NotImplementedError
+
+    def prompt(self, index: int) -> Prompt:
+        """Problem number `index` of the split; raises InputError if the options leave the split empty."""
+        rng = random.Random(f'{self._seed} {index}')
+        for _ in range(MAX_DRAWS):
+            key, problem = self.draw(rng)
+            if self.in_split(key):
+                return self.pose(key, problem, rng)
+        raise InputError(f'{self._seed}: no {self.split} problem in {MAX_DRAWS} draws; widen the options')
+
+    def in_split(self, key: str) -> bool:
+        """Whether the problem `key` belongs to this task's split, which options and index have no say in."""
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, 'big') % HELDOUT_ONE_IN == 0) == (self.split == 'heldout')
+
+    @functools.cached_property
+    def _seed(self) -> str:
+        return repr(self)
+
+    def _integer(self, option: str, low: int, high: int) -> int:
+        """The option's value, checked to lie in [low, high]."""
+        value = getattr(self, option)
+        if type(value) is not int or not low <= value <= high:
+            raise InputError(f'task {self.name!r}: {option} must be an integer in [{low}, {high}], got {value!r}')
+        return value
+
+    def _interval(self, option: str, low: int, high: int) -> tuple[int, int]:
+        """The option's inclusive (min, max) pair within [low, high]; a single integer n stands for (n, n)."""
+        value = getattr(self, option)
+        pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+        if len(pair) != 2 or any(type(n) is not int for n in pair) or not low <= pair[0] <= pair[1] <= high:
+            raise InputError(
+                f'task {self.name!r}: {option} must be an integer or (min, max) in [{low}, {high}], got {value!r}'
+            )
+        return pair
+
+
+def uniform(rng: random.Random, low: int, high: int) -> int:
+    """An integer in [low, high], in a third of the time that `rng.randint` takes."""
+    return low + int(rng.random() * (high - low + 1))
+
+
+class Line(NamedTuple):
+    text: str
+    start: int
+    end: int
+
+
+def split_answer(completion: str) -> tuple[str, str | None]:
+    """(what comes before the final answer, the final answer). It is None if the last line is not `Answer: X`."""
+    text = completion.rstrip(BLANK)
+    start = text.rfind('\n') + 1
+    if not text.startswith(ANSWER, start):
+        return text, None
+    return text[:start], text[start + len(ANSWER) :].strip(BLANK)
+
+
+def final_answer(completion: str) -> str | None:
+    """The X of a completion whose last line is `Answer: X`, else None. Anything but white space after it fails."""
+    return split_answer(completion)[1]
+
+
+def lines(text: str, limit: int) -> list[Line]:
+    """Lines of `text` with their places, blank ends stripped. One line beyond `limit` holds all the rest, so that a
+    caller sees by the count that there were too many and hostile text costs no more than a scan.
+    """
+    body = text.strip(BLANK)
+    start = len(text) - len(text.lstrip(BLANK))
+    found = []
+    for line in body.split('\n', limit) if body else ():
+        found.append(Line(line, start, start + len(line)))
+        start += len(line) + 1
+    return found
+
+
+_REGISTRY: dict[str, type] = {}
+T = TypeVar('T', bound=type)
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Class decorator that makes a task known by `name`."""
+
+    def add(cls: T) -> T:
+        if name in _REGISTRY:
+            raise InputError(f'task {name!r} is registered twice: {_REGISTRY[name].__module__} and {cls.__module__}')
+        cls.name = name  # type: ignore[attr-defined]
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+@functools.cache
+def _discover() -> None:
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f'{__name__}.{module.name}')
+
+
+def task_names() -> list[str]:
+    """Names that `get_task` knows, sorted."""
+    _discover()
+    return sorted(_REGISTRY)
+
+
+def get_task(name: str, split: str = 'train', **options: Any) -> Task:
+    """The task `name` with its options. Raises InputError for an unknown name, option, split or a bad value."""
+    if name not in task_names():
+        raise InputError(f'unknown task {name!r}{did_you_mean(name, _REGISTRY)}')
+    cls = _REGISTRY[name]
+    known = {f.name for f in fields(cls)} - {'split'}
+    for option in options:
+        if option not in known:
+            raise InputError(f'task {name!r}: unknown option {option!r}{did_you_mean(option, known)}')
+    return cls(split=split, **options)

@@ -1,0 +1,159 @@
+"""Attention: multi-head latent attention, grouped-query attention as the alternative, the masked softmax of both."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.layers import Module, rotate, softmax_scale
+from model.sharding import constrain
+
+QUERY_CHUNK = 256  # queries whose logits exist at one time
+MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+
+Entries = dict[str, jax.Array]  # what one layer adds to the cache for the tokens it has just seen
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, scale: float) -> jax.Array:
+    """Causal attention within segments.
+
+    Queries are taken in chunks, each against the keys up to its own end, so that much of the masked upper half of the
+    logits is never computed; a long row's chunks are recomputed in the backward pass: memory grows linearly in length.
+
+    Args:
+        query: [B, T, H, D]; key: [B, T, G, D]; value: [B, T, G, V]; G divides H, H / G query heads share a key head.
+        segments: int32 [B, T]; tokens see earlier tokens of their own segment alone.
+        scale: factor on the logits.
+
+    Returns:
+        [B, T, H, V] in the dtype of `value`; the softmax is in float32.
+    """
+    batch, length, heads, width = query.shape
+    groups = key.shape[2]
+    query = (query * scale).reshape(batch, length, groups, heads // groups, width)
+    # A column of ones beside the values makes the matmul that mixes them also sum the weights: the quadratic array is
+    # neither summed nor divided by itself.
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+
+    def chunk(q: jax.Array, k: jax.Array, v: jax.Array, s_q: jax.Array, s_k: jax.Array) -> jax.Array:
+        logits = jnp.einsum('btgnd,bsgd->bgnts', q, k, preferred_element_type=jnp.float32)
+        # The queries are the last ones of the keys seen.
+        causal = jnp.arange(k.shape[1])[None, :] <= jnp.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
+        mask = causal[None] & (s_q[:, :, None] == s_k[:, None, :])
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+        largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+        weights = jnp.exp(logits - largest).astype(v.dtype)
+        mixed = jnp.einsum('bgnts,bsgv->btgnv', weights, v, preferred_element_type=jnp.float32)
+        return (mixed[..., :-1] / mixed[..., -1:]).astype(v.dtype)
+
+    pieces = []
+    for start in range(0, length, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, length)
+        run = jax.checkpoint(chunk) if length > 512 else chunk
+        pieces.append(run(query[:, start:end], key[:, :end], value[:, :end], segments[:, start:end], segments[:, :end]))
+    return jnp.concatenate(pieces, axis=1).reshape(batch, length, heads, -1)
+
+
+def attend_cached(
+    query: jax.Array, cached: jax.Array, new: jax.Array, valid: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Attention weights of one new token a row over the cached tokens and itself.
+
+    The new token's entry is not in the cache yet: layers only read the cache, which is written once for all of them.
+
+    Args:
+        query: [B, G, N, D] (N query heads share each of G key heads); cached: [B, S, G, D]; new: [B, G, D].
+        valid: bool [B, S], which cache slots the row may see.
+
+    Returns:
+        Weights [B, G, N, S] on the cached tokens and [B, G, N, 1] on the new one, float32.
+    """
+    past = jnp.einsum('bgnd,bsgd->bgns', query, cached, preferred_element_type=jnp.float32) * scale
+    present = jnp.einsum('bgnd,bgd->bgn', query, new, preferred_element_type=jnp.float32)[..., None] * scale
+    logits = jnp.concatenate([jnp.where(valid[:, None, None], past, MASKED), present], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)
+    return weights[..., :-1], weights[..., -1:]
+
+
+class LatentAttention(Module):
+    """Multi-head latent attention (DeepSeek-V2, section 2.1; equations 37 to 47 of its appendix).
+
+    Keys and values of all heads are expanded from one normed latent of kv_lora_rank numbers, beside one rotated key
+    shared by all heads. Decoding stays in the latent space: the expansion is absorbed into query and output.
+    """
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, cache: Entries | None, valid: jax.Array | None
+    ) -> tuple[jax.Array, Entries]:
+        """x [B, T, hidden_size] -> (output, entries {'latent': [B, T, kv_lora_rank + qk_rope_head_dim]}).
+
+        With a cache {'latent': [B, S, ...]} and `valid` [B, S], T is 1: one decoding step.
+        """
+        c = self.config
+        heads, nope, rank = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+        if c.q_lora_rank:
+            low = x @ self.weight('q_a_proj', (c.hidden_size, c.q_lora_rank), ('embed', None))
+            low = self.norm('q_a_layernorm', low)
+            q_up = self.weight('q_b_proj', (c.q_lora_rank, heads, c.qk_head_dim), ('embed', 'heads', None))
+        else:
+            low, q_up = x, self.weight('q_proj', (c.hidden_size, heads, c.qk_head_dim), ('embed', 'heads', None))
+        query = constrain(jnp.einsum('btr,rhd->bthd', low, q_up), 'batch', 'length', 'heads', None)
+        q_nope, q_rope = query[..., :nope], rotate(query[..., nope:], positions, c)
+
+        down = x @ self.weight('kv_a_proj_with_mqa', (c.hidden_size, rank + c.qk_rope_head_dim), ('embed', None))
+        latent = self.norm('kv_a_layernorm', down[..., :rank])
+        k_rope = rotate(down[..., rank:], positions, c)
+        kv_up = self.weight('kv_b_proj', (rank, heads, nope + c.v_head_dim), ('embed', 'heads', None))
+        output = self.weight('o_proj', (heads, c.v_head_dim, c.hidden_size), ('heads', None, 'embed'), inputs=2)
+        entries = {'latent': jnp.concatenate([latent, k_rope], axis=-1)}
+
+        if cache is None:
+            expanded = constrain(jnp.einsum('btr,rhd->bthd', latent, kv_up), 'batch', 'length', 'heads', None)
+            shared = jnp.broadcast_to(k_rope[:, :, None], (*k_rope.shape[:2], heads, c.qk_rope_head_dim))
+            key = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
+            query = jnp.concatenate([q_nope, q_rope], axis=-1)
+            mixed = attend(query, key, expanded[..., nope:], segments, softmax_scale(c))
+        else:
+            assert valid is not None
+            absorbed = jnp.einsum('bthd,rhd->bthr', q_nope, kv_up[..., :nope])
+            query = jnp.concatenate([absorbed, q_rope], axis=-1)[
+                :, 0, None
+            ]  # one shared key head: [B, 1, H, rank+rope]
+            new = entries['latent'][:, 0, None]
+            past, present = attend_cached(query, cache['latent'][:, :, None], new, valid, softmax_scale(c))
+            dtype = entries['latent'].dtype
+            mixed = jnp.einsum('bgns,bsr->bnr', past.astype(dtype), cache['latent'])[..., :rank]
+            mixed = mixed + present[:, 0].astype(dtype) * latent
+            mixed = jnp.einsum('bhr,rhv->bhv', mixed, kv_up[..., nope:])[:, None]
+        return jnp.einsum('bthv,hvm->btm', mixed, output), entries
+
+
+class GroupedQueryAttention(Module):
+    """Grouped-query attention (Ainslie et al. 2023); one key-value head is multi-query, as many as heads multi-head."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, cache: Entries | None, valid: jax.Array | None
+    ) -> tuple[jax.Array, Entries]:
+        """As `LatentAttention`, with entries {'key', 'value'} of shape [B, T, num_key_value_heads, head_dim]."""
+        c = self.config
+        heads, groups, width = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+        def project(name: str, count: int) -> jax.Array:
+            weight = self.weight(name, (c.hidden_size, count, width), ('embed', 'heads', None))
+            return constrain(jnp.einsum('btm,mhd->bthd', x, weight), 'batch', 'length', 'heads', None)
+
+        query, key = rotate(project('q_proj', heads), positions, c), rotate(project('k_proj', groups), positions, c)
+        value = project('v_proj', groups)
+        output = self.weight('o_proj', (heads, width, c.hidden_size), ('heads', None, 'embed'), inputs=2)
+        if cache is None:
+            mixed = attend(query, key, value, segments, softmax_scale(c))
+        else:
+            assert valid is not None
+            grouped = query[:, 0].reshape(-1, groups, heads // groups, width)
+            past, present = attend_cached(grouped, cache['key'], key[:, 0], valid, softmax_scale(c))
+            mixed = jnp.einsum('bgns,bsgd->bgnd', past.astype(value.dtype), cache['value'])
+            mixed = (mixed + present.astype(value.dtype) * value[:, 0, :, None]).reshape(-1, 1, heads, width)
+        return jnp.einsum('bthv,hvm->btm', mixed, output), {'key': key, 'value': value}

@@ -1,0 +1,175 @@
+"""Small parts: how a weight is declared, the norm, rotary position embedding with YaRN, the dense feed-forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.config import ModelConfig
+from model.sharding import constrain, gathered
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Declared(nn.meta.AxisMetadata):
+    """A weight with what is known of it where it is declared. Boxes leaves during `init`; plain arrays after that.
+
+    Attributes:
+        value: the array (or its shape, under `jax.eval_shape`).
+        axes: logical axis names, one a dimension; 'layers' and 'experts' stack independent weights.
+        inputs: how many of the dimensions that stack nothing are inputs of the matmul (the first ones); 0 for vectors.
+        init: 'normal', 'ones' or 'zeros'.
+        deviation: standard deviation of the normal initializer.
+        role: 'matrix', 'embedding', 'router' or 'vector': how an optimizer may treat it.
+    """
+
+    value: Any
+    axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
+    inputs: int = dataclasses.field(metadata={'static': True})
+    init: str = dataclasses.field(metadata={'static': True})
+    deviation: float = dataclasses.field(metadata={'static': True})
+    role: str = dataclasses.field(metadata={'static': True})
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Declared:
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        axes = (*self.axes[:index], params[nn.PARTITION_NAME], *self.axes[index:])
+        return dataclasses.replace(self, axes=axes)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Declared:
+        return dataclasses.replace(self, axes=(*self.axes[:index], *self.axes[index + 1 :]))
+
+
+class Module(nn.Module):
+    """A Linen module that declares each weight once: shape, logical axes and initializer in one line."""
+
+    config: ModelConfig
+
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        inputs: int = 1,
+        init: str = 'normal',
+        role: str = 'matrix',
+        gather: bool = True,
+    ) -> jax.Array:
+        """Returns the weight in the compute dtype, gathered for use (vectors and routers stay in float32)."""
+
+        def declare(key: jax.Array) -> Declared:
+            # `init` runs under eval_shape alone: values come from sharding-aware initialisation (see transformer.py).
+            return Declared(jnp.zeros(shape, jnp.float32), axes, inputs, init, self.config.initializer_range, role)
+
+        value: jax.Array = self.param(name, declare)  # type: ignore[assignment]
+        dtype = jnp.float32 if role in ('vector', 'router', 'embedding') else jnp.dtype(self.config.dtype)
+        if not gather:
+            return value.astype(dtype)
+        if self.config.gradient_dtype == 'float32':
+            return gathered(value, axes).astype(dtype)
+        return gathered(value.astype(dtype), axes)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        """Root-mean-square norm over the last axis, in float32, with a learned scale."""
+        scale = self.weight(name, x.shape[-1:], (None,), inputs=0, init='ones', role='vector')
+        return rms_norm(x, scale, self.config.rms_norm_eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 (Zhang and Sennrich 2019, eq. 4)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature, 0.1 m ln(s) + 1 (Peng et al. 2023, eq. 22, with DeepSeek's multiplier m)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def rotary_frequencies(config: ModelConfig) -> jax.Array:
+    """Angular frequency of each rotated pair, float32 [rope_dim / 2], in radians a token.
+
+    Without YaRN theta^(-2i/d) (Su et al. 2021, section 3.2.2). With it, "NTK by parts" (Peng et al. 2023, section 3.2):
+    pairs that turn more than beta_fast times over the original context keep their frequency, those that turn fewer than
+    beta_slow times are slowed by the factor, and a linear ramp over the pair index joins them, as in DeepSeek-V3.
+    """
+    dim = config.rope_dim
+    plain = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if config.rope_factor <= 1:
+        return plain
+
+    def pair_that_turns(times: float) -> float:
+        length = config.original_max_position_embeddings
+        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair_that_turns(config.rope_beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(config.rope_beta_slow)), dim - 1)
+    ramp = jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001), 0, 1)
+    return plain / config.rope_factor * ramp + plain * (1 - ramp)
+
+
+def rotate(x: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+    """Rotates pairs (i, i + d/2) of the last axis by position; x [B, T, ..., rope_dim], positions int32 [B, T]."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config)[None, None]
+    scale = yarn_magnitude(config.rope_factor, config.rope_mscale)
+    scale /= yarn_magnitude(config.rope_factor, config.rope_mscale_all_dim)
+    shape = angles.shape[:2] + (1,) * (x.ndim - 3) + angles.shape[2:]
+    cos, sin = (jnp.cos(angles) * scale).reshape(shape), (jnp.sin(angles) * scale).reshape(shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """1 / sqrt(head width), times YaRN's magnitude squared where YaRN is on (DeepSeek-V3 applies it to both sides)."""
+    scale = config.qk_head_dim**-0.5
+    if config.attention == 'mla' and config.rope_mscale_all_dim:
+        scale *= yarn_magnitude(config.rope_factor, config.rope_mscale_all_dim) ** 2
+    return scale
+
+
+@jax.custom_vjp
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., D] @ weight [D, F], with its weight gradient as x^T g rather than JAX's (g^T x)^T.
+
+    Where g comes out of an activation function XLA:CPU fuses that into the transposition, and computes its exponentials
+    one by one down the columns; x is at hand.
+    """
+    return x @ weight
+
+
+def _project_forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ weight, (x, weight)
+
+
+def _project_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = saved
+    return gradient @ weight.T, jnp.einsum('...d,...f->df', x, gradient)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class FeedForward(Module):
+    """Gated feed-forward, down(silu(gate x) * up x) (Shazeer 2020, "SwiGLU")."""
+
+    width: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, hidden_size] -> the same shape."""
+        hidden = self.config.hidden_size
+        gate = self.weight('gate_proj', (hidden, self.width), ('embed', 'mlp'))
+        up = self.weight('up_proj', (hidden, self.width), ('embed', 'mlp'))
+        down = self.weight('down_proj', (self.width, hidden), ('mlp', 'embed'))
+        inner = jax.nn.silu(project(x, gate)) * project(x, up)
+        return constrain(inner, 'batch', 'length', 'mlp') @ down

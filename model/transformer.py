@@ -1,0 +1,288 @@
+"""The model: blocks, the scan over layers, multi-token prediction, initialisation, and its size and cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from model.attention import GroupedQueryAttention, LatentAttention
+from model.config import ModelConfig
+from model.experts import MixtureOfExperts, Statistics, updated_bias
+from model.heads import Output
+from model.layers import Declared, FeedForward, Module
+from model.sharding import constrain, named_sharding
+
+Variables = dict[str, Any]  # {'params': trained weights, 'balance': router biases}: plain dictionaries of arrays
+Entries = dict[str, jax.Array]
+
+
+class Block(Module):
+    """Attention and a feed-forward (dense or experts), each behind a norm and added to the stream."""
+
+    experts: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cache: Entries | None, positions: jax.Array, segments: jax.Array, valid: jax.Array | None
+    ) -> tuple[jax.Array, tuple[Entries, Statistics]]:
+        c = self.config
+        attention = LatentAttention if c.attention == 'mla' else GroupedQueryAttention
+        h = self.norm('input_layernorm', x)
+        mixed, entries = attention(c, name='self_attn')(h, positions, segments, cache, valid)
+        x = x + mixed
+        h = self.norm('post_attention_layernorm', x)
+        statistics: Statistics = {}
+        if self.experts:
+            out, statistics = MixtureOfExperts(c, name='mlp')(h, segments)
+        else:
+            out = FeedForward(c, width=c.intermediate_size, name='mlp')(h)
+        return constrain(x + out, 'batch', 'length', None), (entries, statistics)
+
+
+def _policy(remat: str) -> Any:
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+
+
+class MultiTokenModule(Module):
+    """One depth of multi-token prediction (DeepSeek-V3, equations 21 to 23): it reads the stream of the depth before it
+    and the embedding of the token `depth` places ahead, and predicts the token after that one."""
+
+    depth: int = 1
+
+    @nn.compact
+    def __call__(
+        self, stream: jax.Array, embedded: jax.Array, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Statistics]:
+        c = self.config
+        ahead = jnp.roll(embedded, -self.depth, axis=1)
+        joined = jnp.concatenate([self.norm('hnorm', stream), self.norm('enorm', ahead)], axis=-1)
+        x = joined @ self.weight('eh_proj', (2 * c.hidden_size, c.hidden_size), (None, 'embed'))
+        # What lies past the end of a segment must reach neither attention nor loads: it becomes padding.
+        last = jnp.pad(segments[:, self.depth :], ((0, 0), (0, self.depth)))
+        segments = jnp.where(last == segments, segments, 0)
+        block = nn.remat(Block, policy=_policy(c.remat)) if c.remat != 'none' else Block
+        x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, positions, segments, None)
+        return x, self.norm('norm', x), statistics
+
+
+class Transformer(Module):
+    """The whole network, as a Linen module. `Model` below is the door for everyone else."""
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        temperature: jax.Array,
+        cache: Entries | None,
+        valid: jax.Array | None,
+        multi_token: bool,
+    ) -> Output:
+        c = self.config
+        embedding = self.weight(
+            'embed_tokens', (c.vocab_size, c.hidden_size), ('vocab', 'embed'), inputs=0, role='embedding'
+        )
+        # Looked up in float32 and cast after: the other order makes the gradient a scatter-add in the compute dtype.
+        embedded = constrain(embedding[tokens].astype(c.dtype), 'batch', 'length', None)
+        head = embedding
+        if not c.tie_word_embeddings:
+            head = self.weight('lm_head', (c.vocab_size, c.hidden_size), ('vocab', 'embed'), inputs=0, role='embedding')
+
+        dense = c.num_dense_layers
+        x = embedded
+        entries: list[Entries] = []
+        statistics: Statistics = {}
+        for name, first, count, experts in (
+            ('dense_layers', 0, dense, False),
+            ('layers', dense, c.num_moe_layers, True),
+        ):
+            if not count:
+                continue
+            part = None if cache is None else {key: value[first : first + count] for key, value in cache.items()}
+            x, (new, statistics) = self.stack(name, count, experts, x, part, positions, segments, valid)
+            entries.append(new)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *entries)
+        hidden = self.norm('norm', x)
+
+        ahead: list[jax.Array] = []
+        stream = x
+        for depth in range(1, c.num_nextn_predict_layers + 1) if multi_token else ():
+            module = MultiTokenModule(c, depth=depth, name=f'multi_token_{depth}')
+            stream, state, more = module(stream, embedded, positions, segments)
+            ahead.append(state)
+            if c.is_moe:
+                statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), statistics, more)
+        return Output(
+            hidden, tuple(ahead), head.astype(c.dtype), tokens, segments, temperature, statistics, joined, c.head_chunk
+        )
+
+    def stack(
+        self,
+        name: str,
+        count: int,
+        experts: bool,
+        x: jax.Array,
+        cache: Entries | None,
+        positions: jax.Array,
+        segments: jax.Array,
+        valid: jax.Array | None,
+    ) -> tuple[jax.Array, tuple[Entries, Statistics]]:
+        """`count` blocks of one kind. Weights are stacked along a first axis, whether or not the layers are scanned."""
+        block: Any = Block
+        if self.config.remat != 'none':
+            block = nn.remat(Block, prevent_cse=not self.config.scan_layers, policy=_policy(self.config.remat))
+        scanned = nn.scan(
+            block,
+            variable_axes={'params': 0, 'balance': 0},
+            split_rngs={'params': True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=count,
+            unroll=1 if self.config.scan_layers else count,
+            metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+        return scanned(self.config, experts=experts, name=name)(x, cache, positions, segments, valid)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as pure functions of its variables."""
+
+    config: ModelConfig
+
+    def apply(
+        self,
+        variables: Variables,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        temperature: jax.Array | float = 1.0,
+        cache: Entries | None = None,
+        valid: jax.Array | None = None,
+        multi_token: bool = False,
+    ) -> Output:
+        """Runs the network.
+
+        Args:
+            variables: {'params', 'balance'}.
+            tokens: int32 [B, T].
+            positions: int32 [B, T]; counted from 0 along the row when absent.
+            segments: int32 [B, T] document ids, 0 for padding; one document a row when absent.
+            temperature: divides the logits.
+            cache, valid: for a decoding step (T = 1): what `cache.grown` made, and which slots [B, S] a row may see.
+            multi_token: also run the multi-token modules (training does).
+
+        Raises:
+            ValueError: tokens of another rank.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f'tokens have shape {tokens.shape}: expected [batch, length]')
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        scale = jnp.asarray(temperature, jnp.float32)
+        return Transformer(self.config).apply(variables, tokens, positions, segments, scale, cache, valid, multi_token)  # type: ignore[return-value]
+
+    @functools.cached_property
+    def declared(self) -> Variables:
+        """Each weight as `layers.Declared`, with a ShapeDtypeStruct for its value. Router biases are bare."""
+
+        def init() -> Any:
+            token = jnp.zeros((1, 1), jnp.int32)
+            one = jnp.ones((), jnp.float32)
+            return Transformer(self.config).init(jax.random.key(0), token, token, token, one, None, None, True)
+
+        shapes = jax.eval_shape(init)
+        return {'params': shapes['params'], 'balance': shapes.get('balance', {})}
+
+    def shapes(self, mesh: jax.sharding.Mesh) -> Variables:
+        """The variables as ShapeDtypeStructs that carry their shardings on the mesh."""
+
+        def leaf(x: Any) -> jax.ShapeDtypeStruct:
+            value = x.value if is_declared(x) else x
+            axes = x.axes if is_declared(x) else (None,) * x.ndim
+            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=named_sharding(mesh, value.shape, axes))
+
+        return jax.tree.map(leaf, self.declared, is_leaf=is_declared)
+
+    def init(self, seed: int, mesh: jax.sharding.Mesh) -> Variables:
+        """Fresh variables, each made sharded where it will live, with a key folded from its path.
+
+        Values depend on the seed and the config alone, not on the mesh.
+        """
+
+        def leaf(path: Any, x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            if not is_declared(x) or x.init == 'zeros':
+                return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+            if x.init == 'ones':
+                return jnp.ones(shape.shape, shape.dtype, device=shape.sharding)
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(jax.tree_util.keystr(path).encode()))
+            return _normal(key, shape.shape, x.deviation, shape.sharding)
+
+        return jax.tree_util.tree_map_with_path(leaf, self.declared, self.shapes(mesh), is_leaf=is_declared)
+
+    def updated_balance(self, balance: Any, load: jax.Array) -> Any:
+        """Router biases after a step whose global expert loads were `load` [expert layers, E].
+
+        Layers stand in the order of `Output.statistics`: the trunk's, then those of the multi-token modules.
+        """
+        if not balance:
+            return balance
+        trunk = self.config.num_moe_layers
+        updated = {}
+        for name, branch in balance.items():
+            if name == 'layers':
+                rows = load[:trunk]
+            else:
+                rows = load[trunk + int(name.rsplit('_', 1)[1]) - 1]
+            updated[name] = jax.tree.map(lambda bias, rows=rows: updated_bias(bias, rows, self.config), branch)
+        return updated
+
+    @functools.cached_property
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters: 'total', and 'active' (those one token passes through; multi-token modules left out of it)."""
+        c, total, active = self.config, 0, 0
+        for path, x in jax.tree_util.tree_leaves_with_path(self.declared['params'], is_leaf=is_declared):
+            total += x.value.size
+            if 'multi_token' not in jax.tree_util.keystr(path):
+                routed = 'experts' in x.axes
+                active += x.value.size * c.num_experts_per_tok // c.n_routed_experts if routed else x.value.size
+        return {'total': total, 'active': active}
+
+    def flops_per_token(self, length: float, backward: bool = True) -> float:
+        """Model FLOPs for one token with `length / 2` tokens before it on average (Chowdhery et al. 2022, appendix B).
+
+        Two a matmul parameter and two a pair of attended positions and head width, three times that with the backward
+        pass. Recomputation, padding and the embedding lookup are not counted; multi-token modules are.
+        """
+        c, matmul = self.config, 0.0
+        for path, x in jax.tree_util.tree_leaves_with_path(self.declared['params'], is_leaf=is_declared):
+            name = jax.tree_util.keystr(path)
+            if 'embed_tokens' in name and not c.tie_word_embeddings:
+                continue
+            share = c.num_experts_per_tok / c.n_routed_experts if 'experts' in x.axes else 1.0
+            if not backward and 'multi_token' in name:
+                share = 0.0
+            matmul += x.value.size * share
+        head = c.vocab_size * c.hidden_size
+        modules = c.num_nextn_predict_layers if backward else 0
+        layers = c.num_hidden_layers + modules
+        attention = layers * c.num_attention_heads * (c.qk_head_dim + c.value_head_dim) * length / 2
+        return 2.0 * (matmul + modules * head + attention) * (3 if backward else 1)
+
+
+def is_declared(x: Any) -> bool:
+    """Whether a leaf is a `Declared` weight (for `is_leaf`)."""
+    return isinstance(x, Declared)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], deviation: float, sharding: Any) -> jax.Array:
+    make = jax.jit(lambda key: deviation * jax.random.normal(key, shape, jnp.float32), out_shardings=sharding)
+    return make(key)

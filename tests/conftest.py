@@ -1,0 +1,36 @@
+"""Settings of every test. They are environment variables so that commands started by a test run under them too."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_DEVICES = '--xla_force_host_platform_device_count=8'
+
+# All of this has to precede the first import of jax.
+if 'jax' in sys.modules:
+    raise RuntimeError('jax was imported before tests/conftest.py could configure it')
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FAKE_DEVICES}'.strip()
+os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+# Most of a cold run's time is compilation, and most programs do not change from one run to the next.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+os.environ.setdefault('MPLBACKEND', 'agg')
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def one_device() -> dict[str, str]:
+    """An environment for commands started by a test, without the eight fake devices of the tests themselves."""
+    flags = os.environ['XLA_FLAGS'].replace(FAKE_DEVICES, '').strip()
+    return {**os.environ, 'XLA_FLAGS': flags}

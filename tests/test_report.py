@@ -1,0 +1,154 @@
+"""The report: complete, self-contained, and safe whatever a model wrote."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from data.errors import InputError
+from train.report import write_report
+
+NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
+VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}
+
+
+class Tags(HTMLParser):
+    """Collects tags and checks that they close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.ids += [value for name, value in attrs if name == 'id' and value]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def evaluation(value: float, low: float | None, high: float | None, direction: str = 'higher') -> dict:
+    return {'metric': 'pass@1', 'value': value, 'low': low, 'high': high, 'items': 200, 'unit': 'share'} | {
+        'direction': direction,
+        'details': {},
+    }
+
+
+def stage(name: str, parent: str = '', **more: object) -> dict:
+    return {
+        'name': name,
+        'kind': name,
+        'parent': parent,
+        'models': {},
+        'records': [],
+        'steps': 40,
+        'tokens': 40_000,
+        'flops': 1e12,
+        'seconds': 30.0,
+        'parameters': {'total': 3_000_000, 'active': 1_200_000},
+        'changed': [],
+        'evaluations': {},
+    } | more
+
+
+@pytest.fixture
+def workdir(tmp_path: Path) -> Path:
+    """A run of three trained stages and a merge that left no files, with a name that needs escaping."""
+    stages = [
+        stage('pretrain', evaluations={'arithmetic': evaluation(0.02, 0.01, 0.04)}),
+        stage(
+            'sft',
+            'pretrain',
+            changed=[['stages.x.steps', 100, 40], ['note', None, NASTY]],
+            evaluations={'arithmetic': evaluation(0.5, 0.45, 0.55), 'loss': evaluation(1.25, None, None, 'lower')},
+        ),
+        stage(
+            'grpo', 'sft', evaluations={'arithmetic': evaluation(0.4, 0.36, 0.44), 'loss': evaluation(1.5, None, None)}
+        ),
+        {'name': 'merge', 'kind': 'merge', 'models': {'a': 'sft', 'b': 'grpo'}},
+    ]
+    run = {'command': f'python -m train {NASTY}', 'config': 'c', 'created': '2030-01-01T00:00:00', 'device': 'cpu'}
+    folder = tmp_path / 'a<b>&c'
+    folder.mkdir()
+    (folder / 'lineage.json').write_text(json.dumps({'run': run, 'stages': stages}))
+    for number, item in enumerate(stages[:3]):
+        path = folder / item['name']
+        path.mkdir()
+        lines = [
+            {'step': i, 'tokens': 40_000 * number + 1000 * i, 'loss': 5 / i, 'experts/max_violation': 0.3}
+            | ({'reward/mean': i / 40} if item['name'] == 'grpo' else {})
+            for i in range(1, 41)
+        ]
+        text = '\n'.join(json.dumps(line) for line in [*lines, lines[-1], {'step': 41, 'loss': float('nan')}])
+        (path / 'metrics.jsonl').write_text(text + '\n{"step": 42, "lo')
+        sample = {'step': 40, 'prompt': NASTY, 'completion': f'{item["name"]} says {NASTY}', 'score': 1.0}
+        (path / 'samples.jsonl').write_text(
+            json.dumps({**sample, 'step': 1, 'completion': 'first words'}) + '\n' + json.dumps(sample)
+        )
+    return folder
+
+
+def test_page_is_complete_and_self_contained(workdir: Path) -> None:
+    path = write_report(workdir)
+    assert path == workdir / 'report.html' and [p.name for p in workdir.glob('*partial*')] == []
+    page = path.read_text('utf-8')
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert tags.seen.count('svg') == 3  # loss, reward, expert load
+    assert len(tags.ids) == len(set(tags.ids))
+    assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import|<!DOCTYPE svg', page)
+    for expected in ('3M parameters, 1.2M active', '120k tokens', 'merge from sft, grpo', 'tokens seen', '40.0%'):
+        assert expected in page
+    assert 'grpo says' in page and 'first words' not in page
+
+
+def test_everything_foreign_is_escaped(workdir: Path) -> None:
+    page = write_report(workdir).read_text('utf-8')
+    assert '<script' not in page and 'a<b>' not in page
+    assert '&lt;script&gt;' in page and '\x00' not in page and '\x1b' not in page
+
+
+def test_changes_are_judged_by_their_intervals(workdir: Path) -> None:
+    page = write_report(workdir).read_text('utf-8')
+    assert '<span class="gain">+48.0%</span>' in page
+    assert '<span class="loss">−10.0%</span>' in page
+    assert '<span class="soft">+25.0%</span>' in page  # no interval: no verdict
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / 'lineage.json').write_text('{"stages": [{"name": "pretrain"}]}')
+    assert 'pretrain' in write_report(tmp_path).read_text('utf-8')
+    (tmp_path / 'lineage.json').write_text('{"stages": []}')
+    assert '<svg' not in write_report(tmp_path).read_text('utf-8')
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"stages": {}}', '{"stages": [{}]}', '{"stages": [1]}'])
+def test_a_broken_lineage_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / 'lineage.json').write_text(text)
+    with pytest.raises(InputError, match='lineage.json'):
+        write_report(tmp_path)
+
+
+def test_command(workdir: Path, root: Path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, '-m', 'train.report', *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+
+    done = call(str(workdir))
+    assert done.returncode == 0 and done.stdout.strip() == str(workdir / 'report.html') and not done.stderr
+    missing = call(str(workdir / 'NOSUCH'))
+    assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1 and 'NOSUCH' in missing.stderr
+    assert call().returncode == 2

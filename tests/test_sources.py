@@ -1,0 +1,232 @@
+"""Sources: every kind opens, reads in any order, and says plainly what is wrong with a file."""
+
+import gzip
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict
+from pyarrow import parquet
+
+from data.corpus import instructions, shared_line_share, standard_library
+from data.errors import InputError
+from data.packing import encode_record
+from data.sources import open_source
+from tests.text import small_tokenizer
+
+
+def write_lines(path, lines, packed=False):
+    data = '\n'.join(lines).encode()
+    path.write_bytes(gzip.compress(data) if packed else data)
+    return str(path)
+
+
+class TestCorpus:
+    def test_split_is_by_module(self):
+        train, heldout = standard_library('train'), standard_library('heldout')
+        assert 300_000 < sum(len(record['text']) for record in heldout) < 900_000
+        assert sum(len(record['text']) for record in train) > 5_000_000
+        tops = [{record['module'].split('.')[0] for record in records} for records in (train, heldout)]
+        assert not tops[0] & tops[1]
+        assert shared_line_share(train, heldout) < 0.08
+        assert [record['path'] for record in train] == sorted(record['path'] for record in train)
+
+    def test_no_tests_in_it(self):
+        folders = {part for record in standard_library('train') for part in record['path'].split('/')[:-1]}
+        assert not folders & {'test', 'tests', 'idle_test', 'site-packages', 'encodings'}
+
+    def test_shared_line_share_counts_long_lines(self):
+        line = 'a line that is long enough to count'
+        assert shared_line_share([{'text': line}], [{'text': f'  {line}\nshort\n{line} not\n'}]) == 0.5
+
+    def test_instructions(self):
+        asked = [{record['messages'][0]['content'] for record in instructions(split)} for split in ('train', 'heldout')]
+        assert len(asked[0]) == len(instructions('train')) > 2000
+        assert len(asked[1]) > 50 and not asked[0] & asked[1]
+        question, answer = instructions('heldout')[0]['messages']
+        assert question['role'] == 'user' and answer['role'] == 'assistant' and answer['content']
+        assert all(len(record['messages'][1]['content']) <= 600 for record in instructions('train'))
+
+    def test_unknown_split(self):
+        with pytest.raises(InputError, match='train, heldout'):
+            standard_library('test')
+
+
+class TestOpen:
+    def test_stdlib(self):
+        assert open_source({'type': 'stdlib'})[0]['licence'] == 'PSF-2.0'
+        assert 'messages' in open_source({'type': 'stdlib_instructions', 'split': 'heldout'})[0]
+
+    @pytest.mark.parametrize('kind', [dict, ConfigDict, FrozenConfigDict])
+    def test_task(self, kind):
+        text = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2)}))
+        chat = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'chat'}))
+        question, answer = chat[5]['messages']
+        assert text[5]['text'] == f'{question["content"]}\n{answer["content"]}'
+        assert 'Answer:' in text[10**9]['text']
+
+    @pytest.mark.parametrize(
+        ('spec', 'message'),
+        [
+            ({}, 'type None'),
+            ({'type': 'jsnol'}, "did you mean 'jsonl'"),
+            ({'type': 'jsonl'}, "'path' is missing"),
+            ({'type': 'jsonl', 'path': '/none', 'feild': 'x'}, "no option 'feild'; did you mean 'field'"),
+            ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
+            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text or chat'),
+            ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),
+            ({'type': 'tfds'}, 'either name or path'),
+            ({'type': 'tfds', 'path': '/none'}, 'no dataset_info.json'),
+        ],
+    )
+    def test_bad_specs(self, spec, message):
+        with pytest.raises(InputError, match=message):
+            open_source(spec)
+
+
+class TestJsonLines:
+    @pytest.mark.parametrize('packed', [False, True])
+    def test_reads_in_any_order(self, tmp_path, packed):
+        # A line separator inside a string is no end of line; a blank line is no record.
+        texts = [f'text {i}\u2028\r' for i in range(50)]
+        lines = [json.dumps({'text': text, 'id': i}, ensure_ascii=False) for i, text in enumerate(texts)]
+        suffix = '.jsonl.gz' if packed else '.jsonl'
+        write_lines(tmp_path / f'a{suffix}', [*lines[:20], '', *lines[20:30], ''], packed)
+        write_lines(tmp_path / f'b{suffix}', lines[30:], packed)
+        source = open_source({'type': 'jsonl', 'path': str(tmp_path / f'*{suffix}')})
+        assert len(source) == 50
+        order = [i * 7 % 50 for i in range(2000)]
+        with ThreadPoolExecutor(8) as pool:
+            assert [record['text'] for record in pool.map(source.__getitem__, order)] == [texts[i] for i in order]
+
+    @pytest.mark.parametrize(
+        ('line', 'message'),
+        [
+            ('{"text": "x"', r'a.jsonl:3: expected a JSON object'),
+            ('[1]', r'a.jsonl:3: expected an object, got list'),
+            ('{"txet": "x"}', r'a.jsonl:3: expected text, messages.*it has txet'),
+            ('{"text": 3}', r'a.jsonl:3: text: expected a string, got int'),
+            ('{"prompt": "x"}', r'a.jsonl:3: expected text, messages'),
+            ('{"messages": [{"role": "human", "content": "x"}]}', r"a.jsonl:3: messages\[0\]: role 'human'"),
+        ],
+    )
+    def test_broken_line(self, tmp_path, line, message):
+        path = write_lines(tmp_path / 'a.jsonl', ['{"text": "fine"}', '', line])
+        with pytest.raises(InputError, match=message):
+            open_source({'type': 'jsonl', 'path': path})
+
+    def test_field(self, tmp_path):
+        path = write_lines(tmp_path / 'a.jsonl', ['{"body": "b", "text": "t", "url": "u"}'])
+        assert open_source({'type': 'jsonl', 'path': path, 'field': 'body'})[0] == {'text': 'b', 'url': 'u'}
+        with pytest.raises(InputError, match=r"a.jsonl:1: no field 'story'; it has body, text, url"):
+            open_source({'type': 'jsonl', 'path': path, 'field': 'story'})
+
+    def test_truncated_gzip(self, tmp_path):
+        path = tmp_path / 'a.jsonl.gz'
+        path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+        with pytest.raises(InputError, match='a.jsonl.gz: cannot be read'):
+            open_source({'type': 'jsonl', 'path': str(path)})
+
+    def test_empty(self, tmp_path):
+        with pytest.raises(InputError, match='no records'):
+            open_source({'type': 'jsonl', 'path': write_lines(tmp_path / 'a.jsonl', [])})
+
+
+def test_parquet(tmp_path):
+    texts = [f'text {i}' for i in range(30)]
+    parquet.write_table(pyarrow.table({'body': texts, 'n': range(30)}), tmp_path / 'a.parquet', row_group_size=7)
+    source = open_source({'type': 'parquet', 'path': str(tmp_path / 'a.parquet'), 'field': 'body'})
+    assert [source[i]['text'] for i in reversed(range(len(source)))] == texts[::-1]
+    with pytest.raises(InputError, match='a.parquet: expected text, messages.*it has body, n'):
+        open_source({'type': 'parquet', 'path': str(tmp_path / 'a.parquet')})
+    (tmp_path / 'b.parquet').write_bytes(b'not this')
+    with pytest.raises(InputError, match='b.parquet: not a Parquet file'):
+        open_source({'type': 'parquet', 'path': str(tmp_path / 'b.parquet')})
+
+
+def test_parquet_chats(tmp_path):
+    messages = [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]
+    parquet.write_table(pyarrow.table({'messages': [messages] * 2}), tmp_path / 'a.parquet')
+    assert open_source({'type': 'parquet', 'path': str(tmp_path / 'a.parquet')})[1] == {'messages': messages}
+
+
+def test_text_folder(tmp_path):
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub' / 'b.md').write_text('bé\r\n', newline='')
+    (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(b'a'))
+    (tmp_path / 'c.png').write_bytes(b'\xff')
+    source = open_source({'type': 'text', 'path': str(tmp_path)})
+    assert [source[i]['text'] for i in range(len(source))] == ['a', 'bé\r\n']
+    (tmp_path / 'd.txt').write_bytes(b'\xff')
+    with pytest.raises(InputError, match='d.txt: expected UTF-8'):
+        open_source({'type': 'text', 'path': str(tmp_path)})
+    with pytest.raises(InputError, match='no file that ends in'):
+        (tmp_path / 'empty').mkdir()
+        open_source({'type': 'text', 'path': str(tmp_path / 'empty')})
+
+
+def test_tfds(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = {
+        'text': tfds.features.Text(),
+        'messages': tfds.features.Sequence({'role': tfds.features.Text(), 'content': tfds.features.Text()}),
+    }
+    messages = [{'role': 'user', 'content': 'é'}, {'role': 'assistant', 'content': 'a'}]
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        """Five records."""
+
+        VERSION = tfds.core.Version('1.0.0')
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _):
+            return {'train': ((i, {'text': f'text {i}', 'messages': messages}) for i in range(5))}
+
+        def _generate_examples(self):
+            raise AssertionError('the generator is given')
+
+    builder = Tiny(data_dir=str(tmp_path), file_format='array_record')
+    builder.download_and_prepare()
+    source = open_source({'type': 'tfds', 'path': str(builder.data_dir)})
+    assert sorted(source[i]['text'] for i in range(len(source))) == [f'text {i}' for i in range(5)]
+    assert source[3]['messages'] == messages
+    assert len(open_source({'type': 'tfds', 'path': str(builder.data_dir), 'split': 'train[:2]'})) == 2
+    with pytest.raises(InputError, match="train: record 0: no field 'body'; it has"):
+        open_source({'type': 'tfds', 'path': str(builder.data_dir), 'field': 'body'})
+    with pytest.raises(InputError, match='valid'):
+        open_source({'type': 'tfds', 'path': str(builder.data_dir), 'split': 'valid'})
+
+
+class TestEncodeRecord:
+    def test_kinds(self):
+        tokenizer = small_tokenizer()
+        show = lambda ids: tokenizer.decode(ids, skip_control=False)  # noqa: E731
+        for record, text, learnt in (
+            ({'text': 'ab'}, '<|begin|>ab<|end|>', 'ab<|end|>'),
+            ({'prompt': 'ab', 'completion': 'cd'}, '<|begin|>abcd<|end|>', 'cd<|end|>'),
+            ({'messages': [{'role': 'assistant', 'content': 'x'}]}, '<|begin|><|assistant|>x<|end|>', 'x<|end|>'),
+        ):
+            tokens, weight = encode_record(record, tokenizer)
+            assert tokens.dtype == 'int32' and weight.dtype == 'float32'
+            assert show(tokens) == text and show(tokens[weight > 0]) == learnt
+        tokens, weight = encode_record({'tokens': [5, 6, 7], 'loss_weight': [1, 0, 0.5]}, tokenizer)
+        assert tokens.tolist() == [5, 6, 7] and weight.tolist() == [0, 0, 0.5]
+
+    @pytest.mark.parametrize(
+        ('record', 'message'),
+        [
+            ({'title': 'x'}, "has .'title'.: expected text"),
+            ({'text': None}, 'text: expected a string'),
+            ({'tokens': []}, 'non-empty list'),
+            ({'tokens': [1.5]}, 'non-empty list'),
+            ({'tokens': [1, 400]}, 'expected ids from 0 to 399, got 1 to 400'),
+            ({'tokens': [1, 2], 'loss_weight': [1]}, 'expected one per token'),
+        ],
+    )
+    def test_bad_records(self, record, message):
+        with pytest.raises(InputError, match=message):
+            encode_record(record, small_tokenizer())

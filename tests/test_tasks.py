@@ -1,0 +1,406 @@
+"""Tasks: references pass, anything less fails, and no held-out problem is ever trained on."""
+
+import ast
+import json
+import operator
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.errors import InputError
+from data.tasks import Prompt, final_answer, get_task, lines, task_names
+from data.tasks.sudoku import BOXES
+
+OPTIONS = [
+    ('arithmetic', {}),
+    ('arithmetic', {'operations': 1, 'digits': 1}),
+    ('arithmetic', {'operations': (4, 8), 'digits': 3, 'max_value': 5000}),
+    ('wordgraph', {}),
+    ('wordgraph', {'operations': 20}),
+    ('wordgraph', {'operations': (2, 6), 'distractors': 4}),
+    ('sudoku', {}),
+    ('sudoku', {'size': 6, 'blanks': (8, 16)}),
+    ('sudoku', {'size': 9, 'blanks': 20}),
+    ('needle', {}),
+    ('needle', {'pairs': 6, 'questions': 3}),
+]
+EVERY = pytest.mark.parametrize(('name', 'options'), OPTIONS)
+APPLY = {'+': operator.add, '-': operator.sub, '*': operator.mul}
+EQUATION = re.compile(r'(\d+) ([+*-]) (\d+) = (\d+)')
+INDEX = st.integers(0, 2**40)
+
+
+def score(task, prompt, completion):
+    verdict = task.verify(prompt, completion)
+    assert (verdict.score == 1) == (verdict.reason == '')
+    for part in verdict.parts:
+        assert 0 <= part.start <= part.end <= len(completion) and 0 <= part.score <= 1
+    return verdict.score
+
+
+@EVERY
+def test_reference_passes_and_stubs_fail(name, options):
+    for split in ('train', 'heldout'):
+        task = get_task(name, split=split, **options)
+        for index in range(10):
+            prompt = task.prompt(index)
+            # All that is needed to judge survives JSON: records travel, tasks do not.
+            prompt = Prompt(prompt.text, prompt.reference, prompt.key, json.loads(json.dumps(prompt.info)))
+            verdict = task.verify(prompt, prompt.reference)
+            assert verdict.score == 1 and all(part.score == 1 for part in verdict.parts)
+            assert score(task, prompt, f'\n{prompt.reference}\n') == 1
+            stubs = ['', ' ', '\n\n', 'Answer:', 'Answer: ', '.', '0', prompt.text, 'Answer: Answer: 1', '\0', '٣']
+            wrong = [
+                prompt.reference + ' or so',
+                prompt.reference + '\nDone.',
+                prompt.reference + '\nAnswer:',
+                prompt.reference + '\nAnswer: -1',
+                prompt.reference[:-1],
+                prompt.reference[:-1] + '٣',
+                prompt.reference.replace('\n', '\u2028').replace(' ', '\u00a0'),
+            ]
+            for completion in stubs + wrong:
+                assert score(task, prompt, completion) < 1, completion
+            for completion in stubs:
+                assert score(task, prompt, completion) == 0, completion
+
+
+@EVERY
+def test_splits_never_overlap(name, options):
+    slow = name == 'sudoku' or options.get('operations') == 20
+    count = 40 if slow else 1200
+    keys = {
+        split: {get_task(name, split, **options).prompt(i).key for i in range(count)} for split in ('train', 'heldout')
+    }
+    assert keys['train'] and keys['heldout'] and not keys['train'] & keys['heldout']
+
+
+def test_split_ignores_the_options():
+    """A curriculum of options must not reach what another option set holds out."""
+    trained = {
+        get_task('arithmetic', operations=n, digits=d).prompt(i).key
+        for n in (1, (1, 3))
+        for d in (1, 2)
+        for i in range(1000)
+    }
+    held = {get_task('arithmetic', 'heldout', operations=(1, 2)).prompt(i).key for i in range(2000)}
+    assert len(held) > 1000 and not trained & held
+
+
+def test_sudoku_of_size_4_splits_all_288_grids():
+    tasks = {split: get_task('sudoku', split) for split in ('train', 'heldout')}
+    grids = {tasks['train'].draw(random.Random(i))[0] for i in range(2500)}
+    held = {grid for grid in grids if tasks['heldout'].in_split(grid)}
+    assert len(grids) == 288 and 10 < len(held) < 60
+    for split, mine in (('train', grids - held), ('heldout', held)):
+        assert {tasks[split].prompt(i).reference for i in range(200)} <= mine
+
+
+def test_prompts_are_the_same_in_every_process():
+    code = (
+        'import hashlib, sys\nfrom data.tasks import get_task\n'
+        "text = ''.join(repr(get_task(n, s).prompt(i)) for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle')"
+        " for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
+        'print(hashlib.sha256(text.encode()).hexdigest())'
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, '-c', code],
+            env={**os.environ, 'PYTHONHASHSEED': seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ('1', '2')
+    }
+    assert len(digests) == 1
+
+
+def test_unknown_names_and_bad_options_say_what_was_expected():
+    assert task_names() == sorted(task_names()) and {'arithmetic', 'needle', 'sudoku', 'wordgraph'} <= set(task_names())
+    for message, name, options in [
+        ("unknown task 'aritmetic'.*did you mean 'arithmetic'", 'aritmetic', {}),
+        ("unknown option 'operation'.*did you mean 'operations'", 'wordgraph', {'operation': 3}),
+        ("unknown split 'held'.*did you mean 'heldout'", 'needle', {'split': 'held'}),
+        (
+            r'operations must be an integer or \(min, max\) in \[1, 20\], got \(3, 1\)',
+            'arithmetic',
+            {'operations': (3, 1)},
+        ),
+        ('operations must be', 'wordgraph', {'operations': 21}),
+        ('operations must be', 'wordgraph', {'operations': True}),
+        ('blanks must be', 'sudoku', {'blanks': '8'}),
+        ('max_value must be an integer', 'arithmetic', {'max_value': 9.0}),
+        ('size must be one of 4, 6, 9, got 5', 'sudoku', {'size': 5}),
+        ('questions must be', 'needle', {'questions': 9}),
+    ]:
+        with pytest.raises(InputError, match=message):
+            get_task(name, **options)
+
+
+def test_options_that_leave_a_split_empty_end_with_an_error():
+    with pytest.raises(InputError, match='no heldout problem'):
+        get_task('arithmetic', 'heldout', operations=1, digits=1, max_value=1).prompt(0)
+
+
+def test_final_answer_is_the_last_line_only():
+    assert final_answer('Answer: 3') == '3'
+    assert final_answer('1 + 2 = 3\nAnswer: 4\nAnswer: 3 \n') == '3'
+    for text in ('', '3', 'answer: 3', ' Answer: 3', 'The Answer: 3', 'Answer: 3\nx', 'Answer: 3\n\n.'):
+        assert final_answer(text) is None
+    assert final_answer('Answer:') == ''
+
+
+@given(st.text(st.sampled_from('ab \n')), st.integers(1, 5))
+def test_lines_know_their_place(text, limit):
+    found = lines(text, limit)
+    assert len(found) <= limit + 1 and all(text[line.start : line.end] == line.text for line in found)
+    assert '\n'.join(line.text for line in found) == text.strip()
+
+
+@given(st.sampled_from([o for o in OPTIONS if o[1].get('size') != 9]), INDEX, st.text())
+@settings(max_examples=60, deadline=None)
+def test_noise_never_scores(option, index, noise):
+    task = get_task(option[0], **option[1])
+    assert score(task, task.prompt(index), noise) == 0
+
+
+@EVERY
+def test_hostile_completions_cost_little(name, options):
+    task = get_task(name, **options)
+    prompt = task.prompt(0)
+    start = time.perf_counter()
+    for piece in ('9', '\n', ' ', '=', 'Answer:', '\nAnswer: 1', '1 + 1 = 2\n', f'{prompt.reference}\n', '(', '\0'):
+        task.verify(prompt, piece * (2_000_000 // len(piece)))
+        task.verify(prompt, 'Answer: ' + piece * (2_000_000 // len(piece)))
+    assert time.perf_counter() - start < 3
+
+
+# Arithmetic
+
+
+@given(INDEX, st.integers(1, 20), st.integers(1, 4), st.integers(1, 2000), st.sampled_from(['train', 'heldout']))
+@settings(deadline=None)
+def test_arithmetic_is_right(index, operations, digits, max_value, split):
+    if operations == 1 and (digits == 1 or max_value < 20):
+        max_value = 99  # fewer problems than that may all be of one split
+    task = get_task('arithmetic', split, operations=operations, digits=digits, max_value=max_value)
+    prompt = task.prompt(index)
+    expression = prompt.text.removeprefix('Compute ').removesuffix('.')
+    tree = ast.parse(expression, mode='eval')
+    *steps, answer = prompt.reference.split('\n')
+    assert answer == f'Answer: {eval(expression)}'
+    assert len(steps) == operations == sum(isinstance(node, ast.BinOp) for node in ast.walk(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp):
+            assert 0 <= eval(compile(ast.Expression(node), '', 'eval')) <= max_value
+            right = getattr(node.right, 'op', None)  # parentheses after + or * only where the value depends on them
+            assert not (isinstance(node.op, ast.Add) and isinstance(right, ast.Add | ast.Sub))
+            assert not (isinstance(node.op, ast.Mult) and isinstance(right, ast.Mult))
+        if isinstance(node, ast.Constant):
+            assert 0 <= node.value < 10**digits
+    assert ast.unparse(tree) == expression
+    for step in steps:
+        left, sign, right, result = EQUATION.fullmatch(step).groups()
+        assert APPLY[sign](int(left), int(right)) == int(result)
+
+
+def test_arithmetic_parts():
+    task = get_task('arithmetic')
+    tree = [[[3, '+', 4], '*', [6, '-', 1]], '-', 5]
+    prompt = Prompt('Compute (3 + 4) * (6 - 1) - 5.', '', '', {'tree': tree, 'answer': '30'})
+
+    def judge(completion):
+        verdict = task.verify(prompt, completion)
+        assert [completion[p.start : p.end] for p in verdict.parts] == [x for x in completion.split('\n') if '=' in x]
+        return verdict.score, [part.score for part in verdict.parts]
+
+    assert judge('6 - 1 = 5\n3 + 4 = 7\n7 * 5 = 35\n35 - 5 = 30\nAnswer: 30') == (1, [1, 1, 1, 1])
+    assert judge('Answer: 30') == (1, [])
+    assert judge('3 + 4 = 7\n3 + 4 = 7\nAnswer: 30') == (1, [1, 0])
+    assert judge('3 + 4 = 8\n8 * 5 = 40\nhm\n3 + 4 = 7\n40 - 5 = 35\nAnswer: 35') == (0, [0, 0, 1, 0])
+    assert judge('4 + 3 = 7\n2 + 2 = 4\n03 + 4 = 7\n3 + 4 = 7 = 7\nAnswer: 030') == (0, [0, 0, 0, 0])
+
+
+# Wordgraph
+
+
+@given(INDEX, st.integers(1, 20), st.integers(0, 12), st.integers(10, 500))
+@settings(deadline=None)
+def test_wordgraph_is_right(index, operations, distractors, max_value):
+    task = get_task('wordgraph', operations=operations, distractors=distractors, max_value=max_value)
+    prompt = task.prompt(index)
+    *steps, answer = prompt.reference.split('\n')
+    assert len(steps) == operations and len(prompt.info['steps']) == operations + distractors
+    asked = re.search(r'How many (?:coins does )?(.+?) (?:are there|have)\?$|How \w+ is the (.+)\?$', prompt.text)
+    assert steps[-1].startswith(f'{asked[1] or asked[2]} = ') and answer == f'Answer: {steps[-1].split(" = ")[-1]}'
+    for step in prompt.info['steps']:
+        left, sign, right, result = EQUATION.search(step['line']).groups()
+        assert APPLY[sign](int(left), int(right)) == int(result) and 0 <= int(result) <= max_value
+    # Every needed quantity is used by another or asked for.
+    used = {name for step in prompt.info['steps'] if step['needed'] for name in step['after']}
+    assert {step['name'] for step in prompt.info['steps'] if step['needed']} - used == {steps[-1].split(' = ')[0]}
+
+
+@given(INDEX, st.integers(2, 20), st.integers(0, 3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_wordgraph_wants_every_step(index, operations, distractors, data):
+    task = get_task('wordgraph', operations=operations, distractors=distractors)
+    prompt = task.prompt(index)
+    *steps, answer = prompt.reference.split('\n')
+    at = data.draw(st.integers(0, operations - 1))
+    name, equation, result = steps[at].split(' = ')
+    left, sign, right = equation.split()
+
+    def replaced(*new):
+        return '\n'.join([*steps[:at], *new, *steps[at + 1 :], answer])
+
+    wrong = [
+        replaced(),
+        replaced(f'{name} = {equation} = {int(result) + 1}'),
+        replaced(f'{name} = {equation} = 0{result}'),
+        replaced(f'{name} = {int(left) + 1} {sign} {right} = {result}'),
+        replaced(f'purple hares = {equation} = {result}'),
+        replaced(steps[at], steps[at]),
+        replaced(steps[at], 'purple hares = 1 + 1 = 2'),
+        replaced(steps[at], 'So far so good.'),
+        '\n'.join([*steps, f'Answer: {int(answer.split()[1]) + 1}']),
+        '\n'.join(steps),
+        answer,
+        '\n'.join([steps[-1], *steps[:-1], answer]) if prompt.info['steps'] else '',
+    ]
+    if left != right:
+        wrong.append(replaced(f'{name} = {right} {sign} {left} = {result}'))
+    for completion in wrong:
+        assert score(task, prompt, completion) == 0, completion
+    verdict = task.verify(prompt, replaced())
+    assert {part.name for part in verdict.parts} == {step.split(' = ')[0] for step in steps}
+
+
+def test_wordgraph_takes_any_order_that_works_and_true_extra_lines():
+    task = get_task('wordgraph', operations=8, distractors=2)
+    for index in range(20):
+        prompt = task.prompt(index)
+        known, order = set(), []
+        while len(order) < 10:  # from the back, as far as the graph lets it
+            ready = [s for s in prompt.info['steps'] if s['name'] not in known and known.issuperset(s['after'])]
+            known.add(ready[-1]['name'])
+            order.append(ready[-1]['line'])
+        assert score(task, prompt, '\n'.join([*order, f'Answer: {prompt.info["answer"]}'])) == 1
+
+
+def test_wordgraph_key_is_blind_to_the_story():
+    task = get_task('wordgraph', operations=3, distractors=2)
+    rng = random.Random(0)
+    for _ in range(20):
+        key, nodes = task.draw(rng)
+        told = [task.pose(key, nodes, random.Random(seed)) for seed in range(12)]
+        assert {prompt.key for prompt in told} == {key} and len({prompt.text for prompt in told}) == 12
+    themes = {get_task('wordgraph').prompt(i).text.rpartition('. ')[2].split()[1] for i in range(50)}
+    assert themes == {'many', 'tall', 'long'}
+
+
+def test_wordgraph_reaches_depth_20():
+    task = get_task('wordgraph', operations=20)
+
+    def depth(prompt):
+        depths = {}
+        for line in prompt.reference.split('\n')[:-1]:
+            step = next(s for s in prompt.info['steps'] if s['line'] == line)
+            depths[step['name']] = 1 + max((depths[name] for name in step['after']), default=0)
+        return depths[step['name']]
+
+    assert 10 <= max(depth(task.prompt(i)) for i in range(100)) <= 20
+
+
+# Sudoku
+
+
+def fillings(rows):
+    """Every solution, by brute force over the blanks with the rules written anew."""
+    size = len(rows)
+    high, wide = BOXES[size]
+    blank = next(((r, c) for r in range(size) for c in range(size) if rows[r][c] == '.'), None)
+    if blank is None:
+        yield rows
+        return
+    r, c = blank
+    box = {rows[y][x] for y in range(size) for x in range(size) if (y // high, x // wide) == (r // high, c // wide)}
+    for digit in sorted(set('123456789'[:size]) - set(rows[r]) - {row[c] for row in rows} - box):
+        yield from fillings([*rows[:r], rows[r][:c] + digit + rows[r][c + 1 :], *rows[r + 1 :]])
+
+
+@given(INDEX, st.sampled_from([(4, (4, 8)), (4, 10), (6, (6, 18))]), st.sampled_from(['train', 'heldout']))
+@settings(max_examples=40, deadline=None)
+def test_sudoku_has_one_solution(index, shape, split):
+    size, blanks = shape
+    prompt = get_task('sudoku', split, size=size, blanks=blanks).prompt(index)
+    low, high = blanks if isinstance(blanks, tuple) else (blanks, blanks)
+    assert low <= ''.join(prompt.info['rows']).count('.') <= high
+    assert list(fillings(prompt.info['rows'])) == [prompt.reference.split('\n')]
+
+
+def test_sudoku_near_misses_fail():
+    task = get_task('sudoku')
+    for index in range(20):
+        prompt = task.prompt(index)
+        rows = prompt.reference.split('\n')
+        for r in range(4):
+            for c in range(4):
+                for digit in '012345.x٣' + rows[r][c - 1]:
+                    changed = [*rows[:r], rows[r][:c] + digit + rows[r][c + 1 :], *rows[r + 1 :]]
+                    assert score(task, prompt, '\n'.join(changed)) == (digit == rows[r][c])
+        for changed in (rows[:3], [*rows, rows[0]], rows[1:] + rows[:1], [row[::-1] for row in rows], ['1234'] * 4):
+            assert score(task, prompt, '\n'.join(changed)) == 0
+        assert score(task, prompt, '\n'.join(' '.join(row) for row in rows)) == 0
+
+
+def test_sudoku_takes_any_filling_and_says_which_rows_clash():
+    task = get_task('sudoku')
+    prompt = Prompt('', '', '', {'rows': ['1...', '....', '....', '....']})
+    assert score(task, prompt, '1234\n3412\n2143\n4321') == score(task, prompt, '1324\n2413\n3142\n4231') == 1
+    verdict = task.verify(prompt, '1234\n3412\n2143\n4312')
+    assert [part.score for part in verdict.parts] == [1, 0, 1, 0]
+    verdict = task.verify(prompt, '1234\n3412\n2143\n432')
+    assert [part.score for part in verdict.parts] == [1, 1, 1, 0]
+
+
+# Needle
+
+
+@given(INDEX, st.integers(1, 40), st.data())
+@settings(deadline=None)
+def test_needle_is_in_the_haystack_once(index, pairs, data):
+    questions = data.draw(st.integers(1, pairs))
+    task = get_task('needle', pairs=pairs, questions=questions)
+    prompt = task.prompt(index)
+    *facts, question = prompt.text.split('\n')
+    codes = dict(re.fullmatch(r'The code of the (\w+ \w+) is (\d{4})\.', fact).groups() for fact in facts)
+    assert len(facts) == len(codes) == len(set(codes.values())) == pairs
+    asked = re.findall(r'the (\w+ \w+)[,?]| the (\w+ \w+) and', question)
+    asked = [a or b for a, b in asked]
+    assert len(asked) == questions
+    if questions == 1:
+        assert prompt.reference == f'Answer: {codes[asked[0]]}'
+    else:
+        assert prompt.reference.split('\n') == [f'{thing}: {codes[thing]}' for thing in asked]
+
+
+def test_needle_scores_the_share_and_guesses_never_pay():
+    task = get_task('needle', pairs=8, questions=4)
+    prompt = task.prompt(0)
+    right = prompt.reference.split('\n')
+    assert score(task, prompt, '\n'.join(right[::-1])) == 1
+    assert score(task, prompt, '\n'.join(right[:3])) == 0.75
+    assert score(task, prompt, '\n'.join([right[0]] * 4)) == 0.25
+    assert score(task, prompt, '\n'.join([*right[:3], right[3].split(':')[0] + ': 000'])) == 0.75
+    assert score(task, prompt, '\n'.join([*right, right[0]])) == 0
+    haystack = re.sub(r'The code of the (.+) is (\d+)\.', r'\1: \2', prompt.text)
+    assert score(task, prompt, haystack) == score(task, prompt, haystack.rpartition('\n')[0]) == 0

@@ -1,0 +1,74 @@
+"""python -m train --config=configs/demo.py --workdir=DIR [--stage=NAME] [--config.FIELD=VALUE ...]
+
+Runs the stage graph of a config. Finished stages are skipped; a killed one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from data.errors import InputError
+from data.mixture import as_dict
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with a variant after a colon if it has any.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
+_STAGE = flags.DEFINE_string('stage', '', 'Run only this stage and those it needs; all stages when empty.')
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """Parses flags; returns the config as a plain dictionary.
+
+    Raises:
+        InputError: an unknown flag or field, a value of the wrong type, a config that cannot be read.
+    """
+    try:
+        rest = flags.FLAGS(arguments)
+        for flag in ('config', 'workdir'):
+            if not flags.FLAGS[flag].value:
+                raise InputError(f'--{flag} is missing: try --config=configs/demo.py --workdir=runs/demo')
+    except InputError:
+        raise
+    except Exception as error:  # absl and ml_collections raise a dozen kinds, the config file any
+        line = ' '.join(str(error).strip('"\'').replace('\\n', ' ').split())
+        raise InputError(line or type(error).__name__) from None
+    if len(rest) > 1:
+        raise InputError(f'{rest[1]!r} is no flag: expected --NAME=VALUE')
+    return as_dict(_CONFIG.value.to_dict())
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    if '--help' in arguments or '-h' in arguments:
+        print(__doc__)
+        print(flags.FLAGS.get_help())
+        return 0
+    try:
+        config = parse(arguments)
+        # Imported late: a typo in a flag should not wait for JAX.
+        from train.graph import Run
+        from train.host import prepare
+        from train.report import write_report
+
+        prepare()
+        workdir = Path(flags.FLAGS.workdir)
+        command = 'python -m train ' + ' '.join(map(shlex.quote, arguments[1:]))
+        run = Run(config, workdir, command)
+        run(flags.FLAGS.stage)
+        print(f'report: {write_report(workdir)}')
+    except InputError as error:
+        print(f'train: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('train: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -1,0 +1,257 @@
+"""Held-out measurements of a model: tasks it answers, text it predicts; each with a bootstrap interval over items.
+
+From the command line: python -m train.evaluate --checkpoint=DIR/STAGE --tasks=NAME,NAME [--samples=16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.chat import render_chat
+from data.errors import InputError, did_you_mean
+from data.mixture import as_dict
+from data.sources import open_source
+from data.tasks import get_task, task_names
+from data.tokenizer import Tokenizer
+from model.transformer import Model, Variables
+from train.checkpoint import load
+from train.rollout import chat_prompt
+from train.sampler import row_keys, sample_tokens
+
+Result = dict[str, Any]
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    # Share of problems of a task's held-out split answered rightly.
+    'task': {
+        'task': {},
+        'format': 'chat',
+        'items': 128,
+        'samples': 1,
+        'temperature': 0.0,
+        'max_tokens': 96,
+    },
+    # Bits per byte of whole documents, every token predicted from at least length / 2 tokens where there are as many.
+    'text': {'source': {}, 'length': 256, 'documents': 0},
+    # Share of answers to chat questions that the stop token ended.
+    'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
+}
+
+
+def interval(values: np.ndarray, weights: np.ndarray | None = None, resamples: int = 1000) -> tuple[float, float]:
+    """A 95% percentile bootstrap interval of the (weighted) mean over items, with a fixed seed."""
+    generator = np.random.default_rng(0)
+    weights = np.ones_like(values) if weights is None else weights
+    picks = generator.integers(0, len(values), (resamples, len(values)))
+    means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def pass_at_k(samples: int, right: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased pass@k of each item, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1)."""
+    missed = [math.comb(samples - int(c), k) / math.comb(samples, k) for c in right]
+    return 1.0 - np.array(missed)
+
+
+def evaluate(
+    model: Model, variables: Variables, tokenizer: Tokenizer, evaluation: Mapping[str, Any], seed: int = 0
+) -> Result:
+    """Runs one evaluation, a mapping with a `type` of DEFAULTS and its fields.
+
+    Returns metric, value, low, high, items, unit, direction ('higher' or 'lower' is better) and details.
+
+    Raises:
+        InputError: an unknown type or field.
+    """
+    spec = as_dict(evaluation)
+    kind = spec.pop('type', None)
+    if kind not in DEFAULTS:
+        raise InputError(f'evaluation type {kind!r}{did_you_mean(str(kind), DEFAULTS)}')
+    for name in spec:
+        if name not in DEFAULTS[kind]:
+            raise InputError(f'evaluation {kind}: no field {name!r}{did_you_mean(name, DEFAULTS[kind])}')
+    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped}[kind]
+    return run(model, variables, tokenizer, {**DEFAULTS[kind], **spec}, seed)
+
+
+def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
+    options = as_dict(spec['task'])
+    task = get_task(options.pop('name', ''), split='heldout', **options)
+    prompts = [task.prompt(index) for index in range(spec['items'])]
+    if spec['format'] == 'chat':
+        tokens = [chat_prompt(prompt, tokenizer) for prompt in prompts]
+    else:
+        tokens = [[tokenizer.begin_id, *tokenizer.encode(prompt.text + '\n')] for prompt in prompts]
+    n = spec['samples']
+    answers = sample_tokens(
+        model,
+        variables,
+        tokenizer,
+        tokens,
+        samples=n,
+        temperature=spec['temperature'],
+        max_tokens=spec['max_tokens'],
+        keys=row_keys(seed, range(len(prompts)), n),
+    )
+    scores = np.array(
+        [
+            [task.verify(prompt, answer.text).score if answer.stopped else 0.0 for answer in group]
+            for prompt, group in zip(prompts, answers, strict=True)
+        ]
+    )
+    mean = scores.mean(1)
+    low, high = interval(mean)
+    right = (scores >= 1.0).sum(1)
+    details: dict[str, Any] = {f'pass@{k}': float(pass_at_k(n, right, k).mean()) for k in (1, 4, 16) if 1 < n >= k}
+    details['stopped'] = float(np.mean([answer.stopped for group in answers for answer in group]))
+    details['answer_tokens'] = float(np.mean([len(answer.tokens) for group in answers for answer in group]))
+    details['scores'] = [round(float(x), 4) for x in mean]
+    sampling = f'temperature {spec["temperature"]:g}, {n} samples' if spec['temperature'] else 'greedy'
+    return {
+        'metric': f'accuracy ({sampling})',
+        'value': float(mean.mean()),
+        'low': low,
+        'high': high,
+        'items': len(prompts),
+        'unit': 'share',
+        'direction': 'higher',
+        'details': details,
+        'samples': [
+            {'prompt': prompt.text, 'completion': group[0].text, 'score': float(scores[i, 0])}
+            for i, (prompt, group) in enumerate(zip(prompts[:3], answers, strict=False))
+        ],
+    }
+
+
+def _evaluate_text(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
+    source = open_source(spec['source'])
+    length, stride = spec['length'], spec['length'] // 2
+    count = min(spec['documents'] or len(source), len(source))
+    windows, owners, scored = [], [], []
+    sizes = np.zeros(count)
+    for i in range(count):
+        text = source[i]['text']
+        sizes[i] = len(text.encode())
+        ids = [tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]
+        # Windows overlap by half; a window scores what the one before it did not.
+        for start in range(0, max(1, len(ids) - stride), stride):
+            window = ids[start : start + length]
+            windows.append(window + [tokenizer.pad_id] * (length - len(window)))
+            owners.append(i)
+            scored.append((0 if start == 0 else stride, len(window)))
+
+    @jax.jit
+    def logprobs(variables: Variables, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        return model.apply(variables, tokens, segments=segments).logprob
+
+    nats = np.zeros(count)
+    rows = max(1, 4096 // length)
+    for begin in range(0, len(windows), rows):
+        chosen = windows[begin : begin + rows]
+        tokens = np.full((rows, length), tokenizer.pad_id, np.int32)
+        tokens[: len(chosen)] = chosen
+        ends = np.array([end for _, end in scored[begin : begin + rows]] + [1] * (rows - len(chosen)))
+        segments = (np.arange(length)[None] < ends[:, None]).astype(np.int32)
+        values = np.asarray(logprobs(variables, tokens, segments), np.float64)
+        for row in range(len(chosen)):
+            first, end = scored[begin + row]
+            nats[owners[begin + row]] -= values[row, first:end].sum()
+    bits = nats / math.log(2) / sizes
+    low, high = interval(bits, sizes)
+    return {
+        'metric': 'bits per byte',
+        'value': float(nats.sum() / math.log(2) / sizes.sum()),
+        'low': low,
+        'high': high,
+        'items': count,
+        'unit': 'bits/byte',
+        'direction': 'lower',
+        'details': {'bytes': int(sizes.sum()), 'context': length},
+    }
+
+
+def _evaluate_stopped(
+    model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
+) -> Result:
+    source = open_source(spec['source'])
+    # Spread over the source, whose records may be sorted.
+    items = [source[i] for i in np.linspace(0, len(source) - 1, min(spec['items'], len(source))).astype(int)]
+    tokens = [render_chat(item['messages'][:1], tokenizer, add_generation_prompt=True)[0] for item in items]
+    answers = sample_tokens(
+        model,
+        variables,
+        tokenizer,
+        tokens,
+        samples=1,
+        temperature=spec['temperature'],
+        max_tokens=spec['max_tokens'],
+        keys=row_keys(seed, range(len(items)), 1),
+    )
+    controls = {
+        tokenizer.control(name) for name in ('<|begin|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>')
+    }
+    good = np.array([float(a.stopped and len(a.tokens) > 1 and not controls & set(a.tokens)) for (a,) in answers])
+    low, high = interval(good)
+    return {
+        'metric': 'answers in the chat format, ended by the stop token',
+        'value': float(good.mean()),
+        'low': low,
+        'high': high,
+        'items': len(items),
+        'unit': 'share',
+        'direction': 'higher',
+        'details': {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']},
+        'samples': [
+            {'prompt': item['messages'][0]['content'], 'completion': answer.text}
+            for item, (answer,) in zip(items[:3], answers, strict=False)
+        ],
+    }
+
+
+def _named(name: str, known: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """An evaluation by its name in the run's config, or the task of that name with its default options."""
+    if name in known:
+        spec = as_dict(known[name])
+    elif name in task_names():
+        spec = {'type': 'task', 'task': {'name': name}}
+    else:
+        raise InputError(f'--tasks: no evaluation or task {name!r}{did_you_mean(name, [*known, *task_names()])}')
+    if samples > 1 and spec['type'] == 'task':
+        spec |= {'samples': samples, 'temperature': spec.get('temperature') or 1.0}
+    return spec
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m train.evaluate', description='Measure a checkpoint on held-out data.'
+    )
+    parser.add_argument('--checkpoint', required=True, help='DIR/STAGE, or DIR/STAGE@STEP')
+    parser.add_argument('--tasks', required=True, help="names, comma-separated: the run's evaluations, or tasks")
+    parser.add_argument('--samples', type=int, default=1, help='answers a problem, for pass@k (1: greedy)')
+    parser.add_argument('--seed', type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        loaded = load(options.checkpoint)
+        specs = {name: _named(name, loaded.config['evaluations'], options.samples) for name in options.tasks.split(',')}
+        for name, spec in specs.items():
+            result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed)
+            result['details'].pop('scores', None)
+            result.pop('samples', None)
+            print(json.dumps({'evaluation': name, **result}))
+    except InputError as error:
+        print(f'train.evaluate: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Curves for the report, as SVG text that takes its colours for ink and ground from the page around it."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# Readable on white and on near-black alike; stages take them in order.
+PALETTE = ('#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#8b5cf6', '#0ea5b7', '#db2777', '#8a6d1d')
+INK = '#123456'  # a colour nothing else has: it becomes currentColor
+MOST_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot: `y` over `x`, drawn as a smooth line over its faint raw values."""
+
+    label: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def metric_curves(
+    records: Mapping[str, Sequence[Mapping[str, float]]], metric: str, colours: Mapping[str, str]
+) -> list[Curve]:
+    """A curve for every stage that logged `metric`, over the tokens its model had seen, its ancestors' included."""
+    curves = []
+    for stage, lines in records.items():
+        points = [
+            (line['tokens'], line[metric])
+            for line in lines
+            if _finite(line.get('tokens')) and _finite(line.get(metric))
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            curves.append(Curve(stage, colours[stage], x, y))
+    return curves
+
+
+def draw(curves: Sequence[Curve], y_label: str, name: str) -> str:
+    """An `<svg>` element of the curves over tokens; `name` keeps its identifiers unique on the page."""
+    import matplotlib  # here, because it is slow to import and most commands draw nothing
+
+    style: dict[Any, Any] = {
+        'text.parse_math': False,
+        'svg.fonttype': 'none',
+        'svg.hashsalt': name,
+        'font.family': 'sans-serif',
+        'font.size': 10,
+        'text.color': INK,
+        'axes.edgecolor': INK,
+        'axes.labelcolor': INK,
+        'xtick.color': INK,
+        'ytick.color': INK,
+        'grid.color': INK,
+    }
+    with matplotlib.rc_context(style):
+        from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+        from matplotlib.ticker import EngFormatter
+
+        figure = Figure(figsize=(7.2, 3.1), layout='constrained')
+        axes = figure.add_subplot()
+        for curve in curves:
+            x, y = _thin(np.asarray(curve.x, float), np.asarray(curve.y, float))
+            smooth = _smooth(y)
+            marker = 'o' if len(x) == 1 else ''
+            axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
+            # A leading underscore would hide the stage from the legend.
+            axes.plot(x, smooth, color=curve.colour, linewidth=1.6, marker=marker, label=curve.label.lstrip('_'))
+        axes.set_xlabel('tokens seen')
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.grid(alpha=0.15)
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        out = io.StringIO()
+        figure.savefig(
+            out,
+            format='svg',
+            transparent=True,
+            metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None},
+        )
+    svg = out.getvalue()
+    svg = svg[svg.index('<svg') :].replace(INK, 'currentColor')
+    # Identifiers share one name space on the page, and only some of matplotlib's are salted.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf'\1{name}-', svg)
+    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1).replace(
+        'xlink:href', 'href'
+    )
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS points, each the mean of its neighbourhood."""
+    parts = min(len(x), MOST_POINTS)
+    return tuple(np.array([part.mean() for part in np.array_split(values, parts)]) for values in (x, y))  # type: ignore[return-value]
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a twentieth of the curve, narrower at the ends."""
+    reach = len(y) // 40
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    index = np.arange(len(y))
+    width = np.minimum(np.minimum(index, len(y) - 1 - index), reach)
+    return (total[index + width + 1] - total[index - width]) / (2 * width + 1)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

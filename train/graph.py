@@ -1,0 +1,337 @@
+"""The stage graph of a run: in which order stages run, how one hands over to the next, and the record of it all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.errors import InputError, did_you_mean
+from data.mixture import as_dict
+from data.sources import open_source
+from data.tokenizer import Tokenizer, train_tokenizer
+from model.config import ModelConfig
+from model.sharding import make_mesh
+from model.transformer import Model, Variables
+from train.checkpoint import Checkpoints, read_json, split_address, write_json
+from train.evaluate import evaluate
+from train.loop import Plan, train
+from train.objectives import joined, regularizers
+from train.optimizer import learning_rate, make_optimizer
+from train.stages import Context, get_kind
+from train.step import State, initial_state
+
+Stages = Mapping[str, Mapping[str, Any]]
+
+
+def edges(stage: Mapping[str, Any]) -> list[str]:
+    """The addresses (NAME or NAME@STEP) of the stages that a stage needs."""
+    return [address for address in (stage['parent'], *stage['models'].values()) if address]
+
+
+def order(stages: Stages) -> list[str]:
+    """Names of the stages, each after those it needs (a ConfigDict sorts its keys: position means nothing).
+
+    Raises:
+        InputError: an edge to a stage that is not there, or a cycle.
+    """
+    graph: dict[str, list[str]] = {}
+    for name, stage in stages.items():
+        graph[name] = [split_address(address)[0] for address in edges(stage)]
+        for needed in graph[name]:
+            if needed not in stages:
+                raise InputError(f'stages.{name} needs stage {needed!r}{did_you_mean(needed, stages)}')
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise InputError(f'stages: {" needs ".join(error.args[1])}: expected no cycle') from None
+
+
+def needed_for(stages: Stages, last: str) -> list[str]:
+    """The stages, in order, that have to be there for stage `last`, itself included."""
+    if last not in stages:
+        raise InputError(f'--stage: no stage {last!r}{did_you_mean(last, stages)}')
+    wanted, front = set(), [last]
+    while front:
+        name = front.pop()
+        wanted.add(name)
+        front += [split_address(address)[0] for address in edges(stages[name])]
+    return [name for name in order(stages) if name in wanted]
+
+
+class Run:
+    """All stages of one config in one workdir.
+
+    Args:
+        config: a plain dictionary (see `configs/base.py`).
+        workdir: where everything of the run is kept.
+        command: how the run was started, for the record.
+
+    Raises:
+        InputError: anything in the config that can be found wrong before compute is spent.
+    """
+
+    def __init__(self, config: dict[str, Any], workdir: Path, command: str = ''):
+        self.config, self.workdir, self.command = config, workdir, command
+        self.stages: Stages = config['stages']
+        self.order = order(self.stages)
+        self.mesh = make_mesh(config['mesh'])
+        for name in self.order:
+            self.model_config(name)
+            for evaluation in self.stages[name]['evaluations']:
+                if evaluation not in config['evaluations']:
+                    near = did_you_mean(evaluation, config['evaluations'])
+                    raise InputError(f'stages.{name}.evaluations: no evaluation {evaluation!r}{near}')
+        self.tokenizer = self._tokenizer()
+
+    def __call__(self, last: str = '') -> None:
+        """Runs every stage that is not finished, or those that stage `last` needs and itself."""
+        names = needed_for(self.stages, last) if last else self.order
+        for name in names:
+            if self._finished(name):
+                print(f'{name}: finished before')
+                continue
+            try:
+                self._run(name)
+            except ValueError as error:  # a config that contradicts itself shows up as ValueError further down
+                if isinstance(error, InputError):
+                    raise
+                raise InputError(f'stages.{name}: {error}') from error
+            self.write_lineage()
+        self.write_lineage()
+
+    def model_config(self, name: str) -> ModelConfig:
+        """The model as a stage sees it: the run's, with what its ancestors and it itself change."""
+        stage = self.stages[name]
+        own = as_dict(stage['model'])
+        if stage['parent']:
+            inherited = self.model_config(split_address(stage['parent'])[0]).to_dict()
+        else:
+            inherited = {**as_dict(self.config['model']), 'vocab_size': self._vocabulary()}
+        try:
+            return ModelConfig.from_dict({**inherited, **own})
+        except ValueError as error:
+            raise InputError(f'stages.{name}: {error}') from None
+
+    def _vocabulary(self) -> int:
+        return int(self.config['tokenizer']['vocab_size'])
+
+    def _tokenizer(self) -> Tokenizer:
+        """The run's tokenizer: the one kept in the workdir, a given one, or one trained on the training split."""
+        folder = self.workdir / 'tokenizer'
+        settings = as_dict(self.config['tokenizer'])
+        if folder.is_dir():
+            return Tokenizer.load(folder)
+        if settings['path']:
+            tokenizer = Tokenizer.load(settings['path'])
+        else:
+            print(f'training a tokenizer of {settings["vocab_size"]} tokens', flush=True)
+            source = open_source(self.config['sources'][settings['source']])
+            tokenizer = train_tokenizer((source[i]['text'] for i in range(len(source))), settings['vocab_size'])
+        if tokenizer.vocab_size > settings['vocab_size']:
+            raise InputError(
+                f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
+                f'the size of {settings["path"]}'
+            )
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name('tokenizer.tmp')
+        tokenizer.save(temporary)
+        temporary.rename(folder)
+        return tokenizer
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What decides a stage's result, as it is kept in its `config.json`."""
+        return {
+            'name': name,
+            'model': self.model_config(name).to_dict(),
+            'stage': json.loads(json.dumps(as_dict(self.stages[name]))),
+            'seed': self._seed(name),
+            'sources': json.loads(json.dumps(as_dict(self.config['sources']))),
+            'evaluations': json.loads(json.dumps(as_dict(self.config['evaluations']))),
+            'mesh': dict(self.mesh.shape),
+            'tokenizer': self.tokenizer.fingerprint,
+        }
+
+    def _seed(self, name: str) -> int:
+        own = self.stages[name]['seed']
+        return int(self.config['seed'] if own < 0 else own)
+
+    def _finished(self, name: str) -> bool:
+        """Whether a stage has its final checkpoint and its evaluations.
+
+        Raises InputError where the workdir holds the stage with other settings: its results would be mixed up.
+        """
+        folder = self.workdir / name
+        if not (folder / 'config.json').exists():
+            return False
+        kept, now = read_json(folder / 'config.json'), self.record(name)
+        for field in ('model', 'stage', 'seed', 'tokenizer'):
+            different = differences(kept.get(field), now[field], field)
+            different = [
+                d for d in different if not d[0].startswith(('stage.evaluations', 'stage.save_every', 'stage.keep'))
+            ]
+            if different:
+                path, old, new = different[0]
+                raise InputError(
+                    f'{folder} was run with {path} = {old!r}, the config now says {new!r}: '
+                    'use another --workdir, or remove that folder to run the stage again'
+                )
+        finished = folder / 'finished.json'
+        if not finished.exists():
+            return False
+        return set(self.stages[name]['evaluations']) <= set(read_json(finished)['evaluations'])
+
+    def _run(self, name: str) -> None:
+        began = time.perf_counter()
+        stage, folder = self.stages[name], self.workdir / name
+        folder.mkdir(parents=True, exist_ok=True)
+        model = Model(self.model_config(name))
+        changed = self._changes(name)
+        for path, old, new in changed:
+            print(f'{name}: {path} {old!r} -> {new!r}')
+        write_json(folder / 'config.json', self.record(name))
+
+        optimizer = make_optimizer(stage['optimizer'], stage['steps'], model.declared['params'])
+        with jax.set_mesh(self.mesh):
+            state, start = self._start(name, model, optimizer)
+            models = {role: self._other(address) for role, address in stage['models'].items() if address}
+        kind = get_kind(stage['kind'])
+        context = Context(name, stage, self.config['sources'], model, self.tokenizer, self._seed(name), models)
+        extra = regularizers(stage['loss'], model.config.num_nextn_predict_layers, model.config.is_moe)
+        plan = Plan(
+            name=name,
+            folder=folder,
+            model=model,
+            objective=joined(kind.objective(stage), extra),
+            optimizer=optimizer,
+            stream=kind.stream(context),
+            learning_rate=learning_rate(stage['optimizer'], stage['steps']),
+            steps=stage['steps'],
+            microbatches=stage['microbatches'],
+            save_every=stage['save_every'],
+            keep=stage['keep'],
+            mesh=self.mesh,
+            tokens=int(start.get('tokens', 0)),
+            flops=float(start.get('flops', 0.0)),
+            metadata={'stage': name, 'parent': stage['parent'], 'tokenizer': self.tokenizer.fingerprint},
+        )
+        state, spent = train(plan, state)
+        variables = {'params': state['params'], 'balance': state['balance']}
+        results = self._evaluate(name, model, variables)
+        write_json(
+            folder / 'finished.json',
+            {
+                'name': name,
+                'kind': stage['kind'],
+                'parent': stage['parent'],
+                'models': {role: address for role, address in stage['models'].items() if address},
+                'records': [],
+                'steps': stage['steps'],
+                'tokens': spent.tokens - plan.tokens,
+                'flops': spent.flops - plan.flops,
+                'seconds': time.perf_counter() - began,
+                'parameters': model.parameter_counts,
+                'changed': changed,
+                'evaluations': results,
+            },
+        )
+
+    def _start(self, name: str, model: Model, optimizer: Any) -> tuple[State, dict[str, Any]]:
+        """The state a stage begins with, and the metadata of the checkpoint it comes from."""
+        stage = self.stages[name]
+        shapes = model.shapes(self.mesh)
+        if not stage['parent']:
+            return initial_state(model.init(self._seed(name), self.mesh), optimizer), {}
+        parent, step = split_address(stage['parent'])
+        wanted = dict(shapes)
+        if stage['keep_optimizer']:
+            empty = jax.eval_shape(optimizer.init, shapes['params'])
+            state = initial_state(model.init(0, self.mesh), optimizer)
+            wanted['optimizer'] = jax.tree.map(
+                lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), empty, state['optimizer']
+            )
+        arrays, metadata = self._restore(parent, step, wanted)
+        state = initial_state(arrays, optimizer)
+        if stage['keep_optimizer']:
+            state['optimizer'] = arrays['optimizer']
+        return state, metadata
+
+    def _other(self, address: str) -> Variables:
+        """The variables of another stage's checkpoint."""
+        name, step = split_address(address)
+        return self._restore(name, step, Model(self.model_config(name)).shapes(self.mesh))[0]
+
+    def _restore(self, name: str, step: int | None, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        checkpoints = Checkpoints(self.workdir / name / 'checkpoints', read_only=True)
+        restored = checkpoints.restore(wanted, step)
+        checkpoints.close()
+        if restored is None:
+            raise InputError(f'{self.workdir / name}: no checkpoint to start from')
+        return restored.arrays, restored.metadata
+
+    def _changes(self, name: str) -> list[list[Any]]:
+        """What is different from the parent stage: fields of model and stage, as [field, parent's value, value]."""
+        parent = split_address(self.stages[name]['parent'])[0]
+        if not parent:
+            return []
+        before, now = self.record(parent), self.record(name)
+        return [
+            d
+            for field in ('model', 'stage')
+            for d in differences(before[field], now[field], field)
+            if d[0] not in ('stage.parent', 'stage.evaluations', 'stage.save_every', 'stage.keep')
+        ]
+
+    def _evaluate(self, name: str, model: Model, variables: Variables) -> dict[str, Any]:
+        """The stage's evaluations; each is kept as soon as it is there, so that a kill costs one at most."""
+        folder, results = self.workdir / name, {}
+        path = folder / 'evaluations.json'
+        if path.exists():
+            results = read_json(path)
+        with jax.set_mesh(self.mesh):
+            for evaluation in self.stages[name]['evaluations']:
+                if evaluation in results:
+                    continue
+                spec = self.config['evaluations'][evaluation]
+                result = evaluate(model, variables, self.tokenizer, spec)
+                samples = result.pop('samples', [])
+                with (folder / 'samples.jsonl').open('a') as lines:
+                    lines.writelines(json.dumps({'step': self.stages[name]['steps'], **s}) + '\n' for s in samples)
+                results[evaluation] = result
+                write_json(path, results)
+                print(
+                    f'{name}: {evaluation} {result["value"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}] '
+                    f'{result["metric"]}',
+                    flush=True,
+                )
+        return results
+
+    def write_lineage(self) -> None:
+        """`lineage.json`: every finished stage of the workdir, in the order of the graph."""
+        done = [read_json(p) for p in (self.workdir / name / 'finished.json' for name in self.order) if p.exists()]
+        path = self.workdir / 'lineage.json'
+        known = read_json(path)['run'] if path.exists() else {}
+        # What the workdir holds beyond this config (a stage appended once) stays in the record.
+        if path.exists():
+            done += [s for s in read_json(path)['stages'] if s['name'] not in self.stages]
+        run = {
+            'command': self.command,
+            'config': self.config['name'],
+            'created': known.get('created') or datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+            'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        }
+        write_json(path, {'run': run, 'stages': done})
+
+
+def differences(before: Any, now: Any, path: str) -> list[list[Any]]:
+    """Leaves that differ between two nested dictionaries, as [path, before, now]."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names: Sequence[str] = sorted(before.keys() | now.keys())
+        return [d for name in names for d in differences(before.get(name), now.get(name), f'{path}.{name}')]
+    return [] if before == now else [[path, before, now]]

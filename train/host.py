@@ -1,0 +1,33 @@
+"""Settings of the process that must be made before JAX does any work."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def prepare() -> None:
+    """Keeps compiled programs on disk, and freed memory in the process.
+
+    XLA:CPU allocates each large intermediate anew. By default glibc maps such blocks one by one and gives them back, so
+    that every step faults all its pages in again; kept in one arena they are reused.
+    """
+    cache = Path(os.environ.get('TORSO_CACHE', Path(__file__).parent.parent / '.cache')) / 'jax'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+    if platform.libc_ver()[0] == 'glibc':
+        libc = ctypes.CDLL(None)
+        for parameter, value in (
+            (_M_MMAP_MAX, 0),
+            (_M_TRIM_THRESHOLD, 2**31 - 1),
+            (_M_TOP_PAD, 1 << 28),
+            (_M_ARENA_MAX, 1),
+        ):
+            libc.mallopt(parameter, value)

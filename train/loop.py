@@ -1,0 +1,165 @@
+"""The train loop. There is one, and it does not know which stage it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from tensorboardX import SummaryWriter
+
+from data.stream import Stream
+from model.transformer import Model
+from train.checkpoint import Checkpoints
+from train.objectives import Objective
+from train.progress import Progress
+from train.step import State, make_step, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything the loop needs to know.
+
+    Attributes:
+        name: shown beside the progress bar.
+        folder: where metrics, events and checkpoints go.
+        model, objective, optimizer, stream: what is trained, on what, and how.
+        learning_rate: of the step, for the metrics.
+        steps, microbatches, save_every, keep: counts.
+        mesh: the devices.
+        tokens, flops: what the checkpoint the stage starts from has already cost.
+        metadata: goes into every checkpoint.
+    """
+
+    name: str
+    folder: Path
+    model: Model
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    stream: Stream
+    learning_rate: Callable[[int], Any]
+    steps: int
+    microbatches: int
+    save_every: int
+    keep: int
+    mesh: jax.sharding.Mesh
+    tokens: int
+    flops: float
+    metadata: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Spent:
+    """Running totals over the lineage, and where this process's time went (seconds)."""
+
+    tokens: int
+    flops: float
+    data_seconds: float = 0.0
+    log_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+
+def train(plan: Plan, state: State) -> tuple[State, Spent]:
+    """Takes the state to `plan.steps`, from the newest checkpoint in the folder if there is one.
+
+    Batches come in order from `plan.stream.next(step, variables)`. Metrics of a step are read while the next one runs.
+    The last state is always saved, and is on disk when this returns.
+    """
+    checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep)
+    spent = Spent(plan.tokens, plan.flops)
+    state = _resume(plan, checkpoints, state, spent)
+    first = int(state['step'])
+    step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer), donate_argnums=0)
+    began = time.perf_counter()
+    writer = SummaryWriter(str(plan.folder), flush_secs=30)
+    with (
+        jax.set_mesh(plan.mesh),
+        (plan.folder / 'metrics.jsonl').open('a') as lines,
+        Progress(plan.steps, plan.name) as progress,
+    ):
+
+        def report(line: dict[str, Any], device: dict[str, jax.Array], tokens: int, started: float) -> None:
+            now = time.perf_counter()
+            values = {name: float(value) for name, value in jax.device_get(device).items()}
+            waited = time.perf_counter() - now
+            line = {**line, **values, 'tokens_per_second': tokens / max(time.perf_counter() - started, 1e-9)}
+            lines.write(json.dumps(line) + '\n')
+            lines.flush()
+            for name, value in line.items():
+                writer.add_scalar(name, value, line['step'])
+            shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
+            progress.update(line['step'], tokens, **shown)
+            spent.log_seconds += time.perf_counter() - now - waited
+
+        pending: tuple[Any, ...] | None = None
+        for step in range(first, plan.steps):
+            started = time.perf_counter()
+            variables = {'params': state['params'], 'balance': state['balance']}
+            batch, stream_state = plan.stream.next(step, variables)
+            placed = place(batch, plan.mesh, plan.microbatches)
+            spent.data_seconds += time.perf_counter() - started
+            state, metrics = step_function(state, placed)
+            tokens = int(np.count_nonzero(batch['segments']))
+            spent.tokens += tokens
+            spent.flops += tokens * plan.model.flops_per_token(batch['tokens'].shape[1])
+            spent.flops += stream_state.get('flops', 0.0)
+            if pending is not None:
+                report(*pending)
+            line = {
+                'step': step + 1,
+                'tokens': spent.tokens,
+                'flops': spent.flops,
+                'learning_rate': float(plan.learning_rate(step)),
+                **stream_state.get('metrics', {}),
+            }
+            pending = (line, metrics, tokens, started)
+            if step + 1 == plan.steps or (step + 1) % plan.save_every == 0:
+                report(*pending)
+                pending = None
+                totals = {'tokens': spent.tokens, 'flops': spent.flops}
+                checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
+    checkpoints.close()
+    writer.close()
+    spent.total_seconds = time.perf_counter() - began
+    return state, spent
+
+
+def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) -> State:
+    """The newest saved state, with stream and totals set to it; the given state where nothing was saved yet."""
+    arrays = {name: state[name] for name in ('params', 'balance', 'optimizer')}
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
+    restored = checkpoints.restore(wanted)
+    step = 0
+    if restored is not None:
+        step = int(restored.metadata['step'])
+        state = {**state, **restored.arrays, 'step': state['step'] + step}
+        spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
+        plan.stream.restore(restored.stream)
+    _set_aside(plan.folder, step)
+    return state
+
+
+def _set_aside(folder: Path, step: int) -> None:
+    """Moves metric lines of steps after `step`, which will be taken again, to `metrics.replayed.jsonl`."""
+    path = folder / 'metrics.jsonl'
+    if not path.exists():
+        return
+    kept: list[str] = []
+    moved: list[str] = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            (kept if json.loads(line)['step'] <= step else moved).append(line)
+        except ValueError:  # cut off by a kill
+            moved.append(line.rstrip('\n') + '\n')
+    if moved:
+        with (folder / 'metrics.replayed.jsonl').open('a') as replayed:
+            replayed.writelines(moved)
+        temporary = folder / 'metrics.jsonl.tmp'
+        temporary.write_text(''.join(kept))
+        temporary.replace(path)

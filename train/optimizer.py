@@ -1,0 +1,88 @@
+"""Optimizers and learning-rate schedules, from optax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+
+from data.errors import InputError
+from model.layers import Declared
+from model.transformer import is_declared
+
+STACKED = ('layers', 'experts')  # axes along which independent weights are stacked
+
+
+def learning_rate(config: Mapping[str, Any], steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    `schedule` is 'wsd' (warmup, stable, then linear to zero over the last `decay` share of the steps; Hu et al. 2024,
+    with the linear decay of Hagele et al. 2024), 'cosine' (to `final` times the peak), 'linear' (to zero) or
+    'constant'. `warmup` is a share of the steps.
+    """
+    peak, warmup = float(config['learning_rate']), round(float(config['warmup']) * steps)
+    rest = max(1, steps - warmup)
+    name = config['schedule']
+    if name == 'wsd':
+        decay = max(1, round(float(config['decay']) * steps))
+        parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, 0.0, decay)]
+        main = optax.join_schedules(parts, [max(0, rest - decay)])
+    elif name == 'cosine':
+        main = optax.cosine_decay_schedule(peak, rest, alpha=float(config['final']))
+    elif name == 'linear':
+        main = optax.linear_schedule(peak, 0.0, rest)
+    elif name == 'constant':
+        main = optax.constant_schedule(peak)
+    else:
+        raise InputError(f'optimizer.schedule is {name!r}: expected wsd, cosine, linear or constant')
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), main], [warmup])
+
+
+def _dimensions(weight: Declared) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a weight are its matrix's inputs and outputs; None for what Muon leaves to AdamW."""
+    if weight.role != 'matrix':
+        return None
+    own = [i for i, axis in enumerate(weight.axes) if axis not in STACKED]
+    return optax.contrib.MuonDimensionNumbers(tuple(own[: weight.inputs]), tuple(own[weight.inputs :]))
+
+
+def make_optimizer(config: Mapping[str, Any], steps: int, declared: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or Muon.
+
+    Muon (Jordan et al. 2024) orthogonalises the updates of matrices and scales them to the root-mean-square size of
+    AdamW's (0.2 sqrt(max(inputs, outputs)); Liu et al. 2025, equation 4), so that one learning rate serves both;
+    embeddings, heads, routers and vectors are left to AdamW. Only matrices and embeddings decay.
+
+    Args:
+        config: fields `name`, `learning_rate`, `beta1`, `beta2`, `epsilon`, `weight_decay`, `clip`, and those of
+            `learning_rate`.
+        declared: the parameters as `Declared` weights.
+    """
+    schedule = learning_rate(config, steps)
+    decays = jax.tree.map(lambda x: x.role != 'vector', declared, is_leaf=is_declared)
+    decay = float(config['weight_decay'])
+    if config['name'] == 'adamw':
+        update = optax.adamw(
+            schedule, config['beta1'], config['beta2'], config['epsilon'], weight_decay=decay, mask=decays
+        )
+    elif config['name'] == 'muon':
+        matrices = jax.tree.map(_dimensions, declared, is_leaf=is_declared)
+        update = optax.contrib.muon(
+            schedule,
+            beta=config['muon_beta'],
+            weight_decay=decay,
+            weight_decay_mask=decays,
+            adam_b1=config['beta1'],
+            adam_b2=config['beta2'],
+            adam_weight_decay=decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
+        )
+    else:
+        raise InputError(f'optimizer.name is {config["name"]!r}: expected adamw or muon')
+    clip = float(config['clip'])
+    return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update

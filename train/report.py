@@ -1,0 +1,351 @@
+"""`python -m train.report DIR`: one self-contained HTML page about everything that was trained in DIR.
+
+Every text that a model, a data set or a config wrote is escaped; figures are inline SVG; the page asks the network for
+nothing, and its content policy forbids it to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from data.errors import InputError
+from train.figures import PALETTE, draw, metric_curves
+
+# What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
+KINDS = {
+    'pretrain': 'Learns language from raw text: predict every next token. Nearly all knowledge comes from here.',
+    'midtrain': 'Anneals on better data: the learning rate falls to zero on a mixture with worked reasoning, at a '
+    'longer context.',
+    'sft': 'Supervised fine-tuning: learns the form of a conversation from examples; only what the assistant says is '
+    'trained.',
+    'grpo': 'Reinforcement learning with verifiable rewards: the model attempts problems, a program checks the '
+    'attempts, and those that beat the average of their group become more likely.',
+    'merge': 'Averages the parameters of several checkpoints; nothing is trained.',
+}
+SAMPLES = 6  # shown per stage
+FIGURES = {  # metric: (title, note)
+    'loss': (
+        'Loss',
+        'Nats per predicted token on the training data of each stage. Stages train on different data, so a jump where '
+        'one begins is a change of data rather than of the model. Stages that learn from rewards are left out: their '
+        'loss is no measure of progress.',
+    ),
+    'experts/max_violation': (
+        'Load of the experts',
+        'MaxVio: how far the busiest expert is above the average load. 0 is perfect balance; 1 means twice its share.',
+    ),
+    'experts/router_entropy': (
+        'Router entropy',
+        'How undecided the router is between experts. Near 0 it always asks the same ones.',
+    ),
+}
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes `workdir`/report.html and returns its path.
+
+    It reads lineage.json and the stages' metrics.jsonl and samples.jsonl. A stage may lack them, and lines that a
+    killed run left half-written are passed over.
+
+    Raises:
+        InputError: lineage.json is missing, or is not the record of a run.
+    """
+    workdir = Path(workdir)
+    lineage = _read_lineage(workdir / 'lineage.json')
+    stages: list[dict[str, Any]] = lineage['stages']
+    metrics = {stage['name']: _read_metrics(workdir / stage['name'] / 'metrics.jsonl') for stage in stages}
+    samples = {stage['name']: _read_lines(workdir / stage['name'] / 'samples.jsonl') for stage in stages}
+    page = _page(workdir.resolve().name, lineage.get('run') or {}, stages, metrics, samples)
+    path = workdir / 'report.html'
+    partial = path.with_suffix('.html.partial')
+    partial.write_bytes(page.encode('utf-8', 'replace'))
+    os.replace(partial, path)
+    return path
+
+
+# Reading.
+
+
+def _read_lineage(path: Path) -> dict[str, Any]:
+    try:
+        lineage = json.loads(path.read_text('utf-8'))
+    except FileNotFoundError:
+        raise InputError(f'{path} does not exist: expected the folder of a run (its --workdir)') from None
+    except (OSError, ValueError) as error:
+        raise InputError(f'{path} cannot be read: {error}') from None
+    stages = lineage.get('stages') if isinstance(lineage, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(s, dict) and isinstance(s.get('name'), str) for s in stages):
+        raise InputError(f'{path}: expected an object with a list of named "stages"')
+    return lineage
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; [] if there is none. A line cut short by a kill is no reason to show nothing."""
+    records = []
+    if path.is_file():
+        for line in path.read_text('utf-8', 'replace').split('\n'):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Metrics by step. A resumed run repeats the steps since its checkpoint: the later line of a step counts."""
+    by_step = {line['step']: line for line in _read_lines(path) if isinstance(line.get('step'), int)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+# Writing.
+
+
+def _page(
+    name: str,
+    run: Mapping[str, Any],
+    stages: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, list[dict[str, Any]]],
+    samples: Mapping[str, list[dict[str, Any]]],
+) -> str:
+    colours = {stage['name']: PALETTE[i % len(PALETTE)] for i, stage in enumerate(stages)}
+    facts = [run.get('created'), run.get('device'), f'{len(stages)} stages', *_totals(stages)]
+    shown = ' · '.join(_text(fact) for fact in facts if fact)
+    sections = [
+        f'<header><h1>{_text(name)}</h1><p class="soft">{shown}</p></header>',
+        _section('The life of this model', _cards(stages, colours), 'Each stage starts from the model of its parent.'),
+        _section(
+            'Held-out results',
+            _results(stages),
+            'Measured on data no stage was trained on. Below each value: its confidence interval where known, and the '
+            'change from the parent stage, in colour where the two intervals do not overlap.',
+        ),
+        *_figures(metrics, colours),
+        _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
+        _section('What each stage changed', _changes(stages), 'Config fields that differ from the parent stage.'),
+    ]
+    if run.get('command'):
+        sections.append(_section('Do it again', f'<pre>{_text(run["command"])}</pre>', ''))
+    style = (Path(__file__).parent / 'report.css').read_text('utf-8')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{_text(name)} · Torso report</title><style>{style}</style></head>\n<body>'
+        + '\n'.join(section for section in sections if section)
+        + '</body></html>\n'
+    )
+
+
+def _section(title: str, body: str, note: str) -> str:
+    below = f'<p class="soft">{_text(note)}</p>' if note else ''
+    return f'<section><h2>{_text(title)}</h2>{below}{body}</section>' if body else ''
+
+
+def _totals(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The run's size: the largest model, the tokens and the time of all stages."""
+    parameters = [stage['parameters'] for stage in stages if stage.get('parameters')]
+    largest: Mapping[str, Any] = max(parameters, key=lambda p: p.get('total') or 0, default={})
+    seconds = sum(stage.get('seconds') or 0 for stage in stages)
+    return [_parameters(largest), f'{_short(sum(stage.get("tokens") or 0 for stage in stages))} tokens', _time(seconds)]
+
+
+def _parameters(parameters: Mapping[str, Any]) -> str:
+    if not parameters.get('total'):
+        return ''
+    text = f'{_short(parameters["total"])} parameters'
+    active = parameters.get('active')
+    return f'{text}, {_short(active)} active per token' if active and active != parameters['total'] else text
+
+
+def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+    cards = []
+    for stage in stages:
+        kind = str(stage.get('kind') or '')
+        parents = [stage.get('parent'), *(stage.get('models') or {}).values()]
+        origin = ', '.join(dict.fromkeys(str(parent) for parent in parents if parent))
+        facts = [
+            f'{stage["steps"]:,} steps' if stage.get('steps') else '',
+            f'{_short(stage["tokens"])} tokens' if stage.get('tokens') else '',
+            f'{_short(stage["flops"])} FLOPs' if stage.get('flops') else '',
+            _time(stage.get('seconds') or 0),
+        ]
+        cards.append(
+            f'<div class="card" style="border-top-color:{colours[stage["name"]]}"><h3>{_text(stage["name"])}</h3>'
+            f'<p class="soft">{_text(kind)}{f" from {_text(origin)}" if origin else ""}</p>'
+            f'<p>{_text(stage.get("description") or KINDS.get(kind, ""))}</p>'
+            f'<p class="soft">{" · ".join(_text(fact) for fact in facts if fact)}</p></div>'
+        )
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ''
+
+
+def _results(stages: Sequence[Mapping[str, Any]]) -> str:
+    by_name = {stage['name']: stage.get('evaluations') or {} for stage in stages}
+    columns = list(dict.fromkeys(name for evaluations in by_name.values() for name in evaluations))
+    head = ''.join(f'<th>{_text(column)}{_column_note(column, by_name.values())}</th>' for column in columns)
+    rows = []
+    for stage in stages:
+        parent = by_name.get(stage.get('parent') or '', {})
+        cells = ''.join(_result(by_name[stage['name']].get(column), parent.get(column)) for column in columns)
+        rows.append(f'<tr><th>{_text(stage["name"])}</th>{cells}</tr>')
+    if not columns:
+        return ''
+    return (
+        f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _column_note(column: str, all_evaluations: Any) -> str:
+    result = next(evaluations[column] for evaluations in all_evaluations if column in evaluations)
+    direction = {'higher': 'higher is better', 'lower': 'lower is better'}.get(result.get('direction'), '')
+    items = f'{result["items"]:,} items' if result.get('items') else ''
+    parts = ' · '.join(part for part in (str(result.get('metric') or ''), items, direction) if part)
+    return f'<br><span class="soft">{_text(parts)}</span>'
+
+
+def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) -> str:
+    """A cell: the value, its interval, and the change from the parent's value."""
+    if not result or result.get('value') is None:
+        return '<td class="soft">–</td>'
+    unit = str(result.get('unit') or '')
+    value, low, high = result['value'], result.get('low'), result.get('high')
+    cell = f'<b>{_text(_value(value, unit))}</b>'
+    if low is not None and high is not None:
+        cell += f'<br><span class="soft">{_text(_value(low, unit))} to {_text(_value(high, unit))}</span>'
+    if parent and parent.get('value') is not None:
+        change = value - parent['value']
+        sign = '+' if change >= 0 else '−'
+        kind = _verdict(change, (low, high), (parent.get('low'), parent.get('high')), result.get('direction'))
+        cell += f'<br><span class="{kind}">{sign}{_text(_value(abs(change), unit))}</span>'
+    return f'<td>{cell}</td>'
+
+
+def _verdict(change: float, mine: tuple[Any, Any], theirs: tuple[Any, Any], direction: Any) -> str:
+    """Class of a change: `gain` or `loss` where intervals are known and apart, else `soft`."""
+    if None in mine or None in theirs or (mine[0] <= theirs[1] and theirs[0] <= mine[1]):
+        return 'soft'
+    return 'gain' if (change > 0) == (direction != 'lower') else 'loss'
+
+
+def _figures(metrics: Mapping[str, list[dict[str, Any]]], colours: Mapping[str, str]) -> list[str]:
+    rewards = sorted({key for lines in metrics.values() for line in lines for key in line if key.startswith('reward/')})
+    learning_from_reward = {
+        stage for stage, lines in metrics.items() if any(set(rewards) & set(line) for line in lines)
+    }
+    wanted = {'loss': FIGURES['loss']}
+    wanted |= {
+        key: ('Reward: ' + key.removeprefix('reward/'), 'Of the attempts made while training.') for key in rewards
+    }
+    wanted |= FIGURES
+    sections = []
+    for number, (metric, (title, note)) in enumerate(wanted.items()):
+        shown = {s: lines for s, lines in metrics.items() if metric != 'loss' or s not in learning_from_reward}
+        curves = metric_curves(shown, metric, colours)
+        if curves:
+            sections.append(_section(title, f'<div class="plot">{draw(curves, metric, f"figure{number}")}</div>', note))
+    return sections
+
+
+def _samples(stages: Sequence[Mapping[str, Any]], samples: Mapping[str, list[dict[str, Any]]]) -> str:
+    blocks = []
+    for stage in stages:
+        lines = samples[stage['name']]
+        last = max((line.get('step') or 0 for line in lines), default=0)
+        shown = [line for line in lines if (line.get('step') or 0) == last][:SAMPLES]
+        if not shown:
+            continue
+        items = ''.join(
+            f'<div class="sample"><pre class="prompt">{_text(line.get("prompt", ""))}</pre>'
+            f'<pre>{_text(line.get("completion", ""))}</pre>{_score(line.get("score"))}</div>'
+            for line in shown
+        )
+        blocks.append(f'<details open><summary>after {_text(stage["name"])}</summary>{items}</details>')
+    return ''.join(blocks)
+
+
+def _score(score: Any) -> str:
+    return (
+        f'<p class="{"gain" if score >= 1 else "soft"}">score {score:.3g}</p>'
+        if isinstance(score, (int, float))
+        else ''
+    )
+
+
+def _changes(stages: Sequence[Mapping[str, Any]]) -> str:
+    blocks = []
+    for stage in stages:
+        rows = ''.join(
+            f'<tr><td>{_text(field)}</td><td class="soft">{_text(_brief(before))}</td>'
+            f'<td>{_text(_brief(after))}</td></tr>'
+            for field, before, after in stage.get('changed') or []
+        )
+        if rows:
+            blocks.append(
+                f'<details><summary>{_text(stage["name"])}</summary><div class="wide"><table><thead><tr><th>field</th>'
+                f'<th>{_text(stage.get("parent") or "before")}</th><th>{_text(stage["name"])}</th></tr></thead>'
+                f'<tbody>{rows}</tbody></table></div></details>'
+            )
+    return ''.join(blocks)
+
+
+# Words and numbers.
+
+
+def _text(value: Any) -> str:
+    """HTML of any text; control characters, which a young model likes to write, become their visible pictures."""
+    pictures = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in '\n\t'}
+    return escape(str(value).translate(pictures))
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 240 else text[:239] + '…'
+
+
+def _value(value: float, unit: str) -> str:
+    if unit == 'share':
+        return f'{100 * value:.1f}%'
+    return f'{value:.4g}{unit}' if unit == '%' else f'{value:.4g} {unit}'.strip()
+
+
+def _short(number: float) -> str:
+    """3 significant digits: 12.3M; beyond the names of units, 1.23e15."""
+    for size, suffix in ((1e15, ''), (1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if number >= size:
+            return f'{number / size:.3g}{suffix}' if suffix else f'{number:.3g}'
+    return f'{number:.3g}'
+
+
+def _time(seconds: float) -> str:
+    if seconds <= 0:
+        return ''
+    return (
+        f'{seconds:.0f} s'
+        if seconds < 100
+        else f'{seconds / 60:.1f} min'
+        if seconds < 6000
+        else f'{seconds / 3600:.1f} h'
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1 or arguments[0].startswith('-'):
+        print('usage: python -m train.report DIR', file=sys.stderr)
+        return 0 if arguments and arguments[0] in ('-h', '--help') else 2
+    try:
+        print(write_report(Path(arguments[0])))
+    except (InputError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""One optimizer step as a pure function of the training state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from data.errors import InputError
+from model.sharding import RULES
+from model.transformer import Model, Variables
+from train.objectives import Batch, Objective, total_loss
+
+State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}
+
+
+def initial_state(variables: Variables, optimizer: optax.GradientTransformation) -> State:
+    """The state before a stage's first step."""
+    return {
+        'params': variables['params'],
+        'balance': variables['balance'],
+        'optimizer': jax.jit(optimizer.init)(variables['params']),
+        'step': jnp.zeros((), jnp.int32),
+    }
+
+
+def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, microbatches: int) -> dict[str, jax.Array]:
+    """A host batch [B, T] on the devices, as [microbatches, B / microbatches, T] with rows split over the mesh.
+
+    Scalars are copied to every device. Raises InputError where B does not divide.
+    """
+    ways = int(np.prod([mesh.shape[axis] for axis in RULES['batch']]))
+
+    def leaf(x: np.ndarray) -> jax.Array:
+        if not np.ndim(x):
+            return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec()))
+        if x.shape[0] % (microbatches * ways):
+            raise InputError(
+                f'batch_size {x.shape[0]} is no multiple of {microbatches} microbatches on {ways} ways of the mesh'
+            )
+        x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, RULES['batch'])))
+
+    return {name: leaf(x) for name, x in batch.items()}
+
+
+def make_step(
+    model: Model, objective: Objective, optimizer: optax.GradientTransformation
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The step function: (state, batch of `place`) -> (state, metrics as float32 scalars).
+
+    Gradients accumulate in float32 over the microbatches, each divided by the denominators of the whole batch. A
+    microbatch without a real token costs nothing: on-policy batches keep a fixed shape and leave the last ones empty.
+    """
+
+    def loss(params: Any, balance: Any, batch: Batch, below: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        output = model.apply(
+            {'params': params, 'balance': balance},
+            batch['tokens'],
+            batch['positions'],
+            batch['segments'],
+            batch.get('temperature', 1.0),
+            multi_token=objective.multi_token,
+        )
+        terms, metrics = objective.terms(output, batch)
+        value = total_loss(objective, terms, below)
+        real = jnp.sum(batch['segments'] > 0).astype(jnp.float32)
+        experts = {name: output.statistics[name] for name in ('load', 'entropy') if name in output.statistics}
+        return value, {'metrics': metrics, 'experts': experts, 'tokens': real, 'loss': value}
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        below = objective.denominators(batch)
+        whole = {name: x for name, x in batch.items() if not x.ndim}
+        split = {name: x for name, x in batch.items() if x.ndim}
+        gradient = jax.grad(loss, has_aux=True)
+
+        def one(part: Batch) -> Any:
+            return gradient(state['params'], state['balance'], {**part, **whole}, below)
+
+        first = jax.tree.map(lambda x: x[0], split)
+        if batch['tokens'].shape[0] == 1:
+            total = one(first)
+        else:
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
+
+            def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
+                add = lambda part: jax.tree.map(jnp.add, sums, one(part))  # noqa: E731
+                return lax.cond((part['segments'] > 0).any(), add, lambda _: sums, part), None
+
+            total, _ = lax.scan(accumulate, zero, split)
+        gradients, aux = total
+
+        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
+        metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
+        metrics |= {'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
+        balance = state['balance']
+        if aux['experts']:
+            load = aux['experts']['load']
+            mean = jnp.maximum(load.mean(-1), 1e-9)
+            balance = model.updated_balance(balance, load)
+            # MaxVio: how far the fullest expert is above the mean (Wang et al. 2024, equation 4), worst layer.
+            metrics['experts/max_violation'] = jnp.max(load.max(-1) / mean - 1)
+            metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
+        return {
+            'params': optax.apply_updates(state['params'], updates),
+            'balance': balance,
+            'optimizer': optimizer_state,
+            'step': state['step'] + 1,
+        }, metrics
+
+    return step
