@@ -37,7 +37,7 @@ lint: $(tests)
 	@$(python) -m mypy
 
 clean:
-	rm -rf .cache
+	rm -rf .cache .hypothesis
 	find $(wildcard configs data model notebooks tests train) -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. A stamp is written only after its installation succeeded, and becomes stale when a requirement file or the

@@ -1,9 +1,11 @@
 """The whole life of a small model on two CPU cores: pre-training, mid-training, fine-tuning, reinforcement learning.
 
-Variants: `configs/demo.py:study` adds the control arms and seeds behind the tables of the README.
+`configs/demo.py:study` adds, to the same workdir, the control arms and the seeds behind the tables of the README.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,25 +13,34 @@ from configs.base import add_stage, base
 
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that after mid-training
 
+# Difficulty, fixed here and nowhere else: what mid-training and fine-tuning show, and what reinforcement learning is
+# judged at, one step of reasoning beyond.
+EASY: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 3), 'digits': 1, 'max_value': 30}
+HARD: dict[str, Any] = {'name': 'arithmetic', 'operations': 4, 'digits': 1, 'max_value': 30}
+STORY: dict[str, Any] = {'name': 'wordgraph', 'operations': (1, 2), 'max_value': 30}
+NEAR: dict[str, Any] = {'name': 'needle', 'pairs': (4, 12)}
+FAR: dict[str, Any] = {'name': 'needle', 'pairs': (48, 54)}
+
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` is '' or 'study'."""
+    if variant not in ('', 'study'):
+        raise ValueError(f'configs/demo.py:{variant}: expected no variant, or study')
     config = base('demo')
     config.tokenizer.update(source='stdlib', vocab_size=2048)
     config.model.update(
-        hidden_size=256,
+        hidden_size=128,
         num_hidden_layers=3,
         first_k_dense_replace=0,
-        intermediate_size=512,
-        num_attention_heads=4,
-        kv_lora_rank=64,
+        num_attention_heads=2,
+        kv_lora_rank=32,
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=8,
+        v_head_dim=64,
+        n_routed_experts=16,
         num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=128,
+        n_shared_experts=2,
+        moe_intermediate_size=96,
         max_position_embeddings=LONG,
         original_max_position_embeddings=SHORT,
         head_chunk=2048,
@@ -39,20 +50,91 @@ def get_config(variant: str = '') -> ConfigDict:
     config.sources.update(
         stdlib={'type': 'stdlib'},
         instructions={'type': 'stdlib_instructions'},
+        near={'type': 'task', **NEAR, 'questions': 3},
+        far={'type': 'task', **FAR, 'pairs': (12, 54), 'questions': 8},
+        arithmetic={'type': 'task', **EASY},
+        story={'type': 'task', **STORY},
+        arithmetic_chat={'type': 'task', 'format': 'chat', **EASY},
+        story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
+    text = {'type': 'task', 'format': 'text', 'max_tokens': 64}
+    chat = {'type': 'task', 'format': 'chat', 'max_tokens': 96}
     config.evaluations.update(
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
+        arithmetic={**text, 'task': EASY},
+        wordgraph={**text, 'task': STORY},
+        needle_256={**text, 'task': {**NEAR, 'pairs': 12}},
+        needle_1024={**text, 'task': FAR, 'items': 64},
+        chat_format={'type': 'stopped', 'source': {'type': 'stdlib_instructions', 'split': 'heldout'}},
+        hard={**chat, 'task': HARD, 'samples': 4, 'temperature': 1.0},
+        hard_half={**chat, 'task': HARD, 'samples': 4, 'temperature': 0.5},
+        hard_greedy={**chat, 'task': HARD},
     )
+    base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph', 'needle_256', 'needle_1024')
+    judged = ('hard', 'hard_half', 'hard_greedy')
+    general = {'stdlib': 0.9, 'near': 0.1}
+    better = {'stdlib': 0.4, 'arithmetic': 0.2, 'story': 0.2, 'far': 0.2}
+
     add_stage(
         config,
         'pretrain',
         'pretrain',
-        steps=600,
+        steps=400,
         batch_size=16,
         sequence_length=SHORT,
-        save_every=200,
-        mixture=((0.0, {'stdlib': 1.0}),),
-        evaluations=('bits_per_byte',),
-        optimizer={'learning_rate': 0.01, 'decay': 0.3},
+        save_every=100,
+        mixture=((0.0, general),),
+        evaluations=base_evaluations,
+        optimizer={'learning_rate': 0.015, 'decay': 0.5},
     )
+    midtrain: dict[str, Any] = {
+        'parent': 'pretrain',
+        'steps': 110,
+        'save_every': 50,
+        'evaluations': base_evaluations,
+        'optimizer': {'learning_rate': 0.01},
+    }
+    longer = {'batch_size': 4, 'sequence_length': LONG, 'model': {'rope_theta': 100000.0}}
+    add_stage(config, 'midtrain', 'midtrain', mixture=((0.0, better),), **midtrain, **longer)
+    sft: dict[str, Any] = {
+        'parent': 'midtrain',
+        'steps': 60,
+        'batch_size': 16,
+        'sequence_length': SHORT,
+        'mixture': ((0.0, {'instructions': 0.35, 'arithmetic_chat': 0.4, 'story_chat': 0.25}),),
+        'save_every': 50,
+        'evaluations': ('chat_format', *judged),
+        'optimizer': {'learning_rate': 0.005},
+    }
+    add_stage(config, 'sft', 'sft', **sft)
+    grpo: dict[str, Any] = {
+        'task': HARD,
+        'steps': 40,
+        'prompts': 16,
+        'samples': 8,
+        'batch_size': 128,
+        'microbatches': 16,
+        'sequence_length': SHORT,
+        'max_tokens': 96,
+        'save_every': 10,
+        'evaluations': judged,
+        'optimizer': {'learning_rate': 0.001},
+    }
+    add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
+    if variant == 'study':
+        # What would the same steps have bought on the pre-training mixture alone, or at the short length?
+        add_stage(config, 'midtrain_control', 'midtrain', mixture=((0.0, general),), **midtrain, **longer)
+        short = {'batch_size': 16, 'sequence_length': SHORT}
+        add_stage(config, 'midtrain_short', 'midtrain', mixture=((0.0, better),), **midtrain, **short)
+        for seed in (1, 2):
+            add_stage(config, f'sft_{seed}', 'sft', seed=seed, **sft)
+            add_stage(config, f'grpo_{seed}', 'grpo', seed=seed, parent=f'sft_{seed}', **grpo)
+        for seed in (0, 1, 2):
+            end = f'_{seed}' if seed else ''
+            for arm, fields in (
+                ('format', {'reward': 'format'}),
+                ('random', {'reward': 'random'}),
+                ('rejection', {'algorithm': 'rejection'}),
+            ):
+                add_stage(config, f'{arm}{end}', 'grpo', seed=seed, parent=f'sft{end}', **grpo, **fields)
     return config

@@ -24,7 +24,10 @@ State = dict[str, Any]
 
 
 class Stream(Protocol):
-    """What the train loop takes batches from. The state is JSON-able and immutable, and belongs to that batch."""
+    """What the train loop takes batches from. The state is JSON-able and immutable, and belongs to that batch.
+
+    A stream whose `next` computes with the variables names that work in an attribute `work` ('sampling', say).
+    """
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]: ...
 

@@ -77,6 +77,12 @@ def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
     return constrain(weight, *used)
 
 
+def batch_ways() -> int:
+    """How many parts a batch's rows are split into by the mesh in use; 1 outside a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in batch_axes())
+
+
 def batch_axes() -> tuple[str, ...]:
     """Mesh axes over which a batch is split, for `shard_map`; empty outside a mesh or on a single device."""
     mesh = jax.sharding.get_abstract_mesh()

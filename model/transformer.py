@@ -64,7 +64,7 @@ class MultiTokenModule(Module):
         joined = jnp.concatenate([self.norm('hnorm', stream), self.norm('enorm', ahead)], axis=-1)
         x = joined @ self.weight('eh_proj', (2 * c.hidden_size, c.hidden_size), (None, 'embed'))
         # What lies past the end of a segment must reach neither attention nor loads: it becomes padding.
-        last = jnp.pad(segments[:, self.depth :], ((0, 0), (0, self.depth)))
+        last = jnp.pad(segments, ((0, 0), (0, self.depth)))[:, self.depth :]
         segments = jnp.where(last == segments, segments, 0)
         block = nn.remat(Block, policy=_policy(c.remat)) if c.remat != 'none' else Block
         x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, positions, segments, None)

@@ -123,9 +123,9 @@ def test_everything_foreign_is_escaped(workdir: Path) -> None:
 
 def test_changes_are_judged_by_their_intervals(workdir: Path) -> None:
     page = write_report(workdir).read_text('utf-8')
-    assert '<span class="gain">+48.0%</span>' in page
-    assert '<span class="loss">−10.0%</span>' in page
-    assert '<span class="soft">+25.0%</span>' in page  # no interval: no verdict
+    assert '<span class="gain">+48.0 points</span>' in page
+    assert '<span class="loss">−10.0 points</span>' in page
+    assert '<span class="soft">+25.0 points</span>' in page  # no interval: no verdict
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

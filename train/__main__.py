@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from ml_collections import config_flags
 
 from data.errors import InputError
 from data.mixture import as_dict
+from train.command import command
+
+EXAMPLES = {'config': 'configs/demo.py', 'workdir': 'runs/demo'}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with a variant after a colon if it has any.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
 _STAGE = flags.DEFINE_string('stage', '', 'Run only this stage and those it needs; all stages when empty.')
 
 
-def parse(arguments: list[str]) -> dict[str, Any]:
+def parse(arguments: list[str], required: Sequence[str] = ('config', 'workdir')) -> dict[str, Any]:
     """Parses flags; returns the config as a plain dictionary.
 
     Raises:
@@ -29,9 +33,10 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     """
     try:
         rest = flags.FLAGS(arguments)
-        for flag in ('config', 'workdir'):
+        for flag in required:
             if not flags.FLAGS[flag].value:
-                raise InputError(f'--{flag} is missing: try --config=configs/demo.py --workdir=runs/demo')
+                example = ' '.join(f'--{name}={EXAMPLES[name]}' for name in required)
+                raise InputError(f'--{flag} is missing: try {example}')
     except InputError:
         raise
     except Exception as error:  # absl and ml_collections raise a dozen kinds, the config file any
@@ -42,31 +47,24 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     return as_dict(_CONFIG.value.to_dict())
 
 
+@command('train', interrupted='the same command goes on from the last checkpoint')
 def main(arguments: list[str]) -> int:
     """The command; returns its exit status."""
     if '--help' in arguments or '-h' in arguments:
         print(__doc__)
         print(flags.FLAGS.get_help())
         return 0
-    try:
-        config = parse(arguments)
-        # Imported late: a typo in a flag should not wait for JAX.
-        from train.graph import Run
-        from train.host import prepare
-        from train.report import write_report
+    config = parse(arguments)
+    # Imported late: a typo in a flag should not wait for JAX.
+    from train.graph import Run
+    from train.host import prepare
+    from train.report import write_report
 
-        prepare()
-        workdir = Path(flags.FLAGS.workdir)
-        command = 'python -m train ' + ' '.join(map(shlex.quote, arguments[1:]))
-        run = Run(config, workdir, command)
-        run(flags.FLAGS.stage)
-        print(f'report: {write_report(workdir)}')
-    except InputError as error:
-        print(f'train: {error}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print('train: interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
-        return 130
+    prepare()
+    workdir = Path(flags.FLAGS.workdir)
+    run = Run(config, workdir, 'python -m train ' + ' '.join(map(shlex.quote, arguments[1:])))
+    run(flags.FLAGS.stage)
+    print(f'report: {write_report(workdir)}')
     return 0
 
 

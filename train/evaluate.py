@@ -23,6 +23,8 @@ from data.tasks import get_task, task_names
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.checkpoint import load
+from train.command import command
+from train.host import prepare
 from train.rollout import chat_prompt
 from train.sampler import row_keys, sample_tokens
 
@@ -229,6 +231,7 @@ def _named(name: str, known: Mapping[str, Any], samples: int) -> dict[str, Any]:
     return spec
 
 
+@command('train.evaluate')
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -239,17 +242,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--samples', type=int, default=1, help='answers a problem, for pass@k (1: greedy)')
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
-        loaded = load(options.checkpoint)
-        specs = {name: _named(name, loaded.config['evaluations'], options.samples) for name in options.tasks.split(',')}
-        for name, spec in specs.items():
-            result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed)
-            result['details'].pop('scores', None)
-            result.pop('samples', None)
-            print(json.dumps({'evaluation': name, **result}))
-    except InputError as error:
-        print(f'train.evaluate: {error}', file=sys.stderr)
-        return 1
+    prepare()
+    loaded = load(options.checkpoint)
+    specs = {name: _named(name, loaded.config['evaluations'], options.samples) for name in options.tasks.split(',')}
+    for name, spec in specs.items():
+        result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed)
+        result['details'].pop('scores', None)
+        result.pop('samples', None)
+        print(json.dumps({'evaluation': name, **result}))
     return 0
 
 

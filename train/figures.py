@@ -104,12 +104,12 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a twentieth of the curve, narrower at the ends."""
+    """Running mean over about a twentieth of the curve, one-sided at the ends."""
     reach = len(y) // 40
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))
-    width = np.minimum(np.minimum(index, len(y) - 1 - index), reach)
-    return (total[index + width + 1] - total[index - width]) / (2 * width + 1)
+    start, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(y))
+    return (total[end] - total[start]) / (end - start)
 
 
 def _finite(value: object) -> bool:

@@ -191,22 +191,49 @@ class Run:
         began = time.perf_counter()
         stage, folder = self.stages[name], self.workdir / name
         folder.mkdir(parents=True, exist_ok=True)
-        model = Model(self.model_config(name))
         changed = self._changes(name)
         for path, old, new in changed:
             print(f'{name}: {path} {old!r} -> {new!r}')
         write_json(folder / 'config.json', self.record(name))
 
+        plan, state = self.begin(name)
+        state, spent = train(plan, state)
+        variables = {'params': state['params'], 'balance': state['balance']}
+        results = self._evaluate(name, plan.model, variables)
+        write_json(
+            folder / 'finished.json',
+            {
+                'name': name,
+                'kind': stage['kind'],
+                'parent': stage['parent'],
+                'models': {role: address for role, address in stage['models'].items() if address},
+                'records': [],
+                'steps': stage['steps'],
+                'tokens': spent.tokens - plan.tokens,
+                'flops': spent.flops - plan.flops,
+                'seconds': time.perf_counter() - began,
+                'parameters': plan.model.parameter_counts,
+                'changed': changed,
+                'evaluations': results,
+            },
+        )
+
+    def begin(self, name: str, fresh: bool = False) -> tuple[Plan, State]:
+        """What the loop needs to run a stage, and the state it begins with.
+
+        `fresh` puts new weights in the place of other stages' checkpoints, for measurements of speed.
+        """
+        stage, model = self.stages[name], Model(self.model_config(name))
+        kind = get_kind(stage['kind'])
         optimizer = make_optimizer(stage['optimizer'], stage['steps'], model.declared['params'])
         with jax.set_mesh(self.mesh):
-            state, start = self._start(name, model, optimizer)
-            models = {role: self._other(address) for role, address in stage['models'].items() if address}
-        kind = get_kind(stage['kind'])
+            state, start = self._start(name, model, optimizer, fresh)
+            models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}
         context = Context(name, stage, self.config['sources'], model, self.tokenizer, self._seed(name), models)
         extra = regularizers(stage['loss'], model.config.num_nextn_predict_layers, model.config.is_moe)
         plan = Plan(
             name=name,
-            folder=folder,
+            folder=self.workdir / name,
             model=model,
             objective=joined(kind.objective(stage), extra),
             optimizer=optimizer,
@@ -221,32 +248,13 @@ class Run:
             flops=float(start.get('flops', 0.0)),
             metadata={'stage': name, 'parent': stage['parent'], 'tokenizer': self.tokenizer.fingerprint},
         )
-        state, spent = train(plan, state)
-        variables = {'params': state['params'], 'balance': state['balance']}
-        results = self._evaluate(name, model, variables)
-        write_json(
-            folder / 'finished.json',
-            {
-                'name': name,
-                'kind': stage['kind'],
-                'parent': stage['parent'],
-                'models': {role: address for role, address in stage['models'].items() if address},
-                'records': [],
-                'steps': stage['steps'],
-                'tokens': spent.tokens - plan.tokens,
-                'flops': spent.flops - plan.flops,
-                'seconds': time.perf_counter() - began,
-                'parameters': model.parameter_counts,
-                'changed': changed,
-                'evaluations': results,
-            },
-        )
+        return plan, state
 
-    def _start(self, name: str, model: Model, optimizer: Any) -> tuple[State, dict[str, Any]]:
+    def _start(self, name: str, model: Model, optimizer: Any, fresh: bool) -> tuple[State, dict[str, Any]]:
         """The state a stage begins with, and the metadata of the checkpoint it comes from."""
         stage = self.stages[name]
         shapes = model.shapes(self.mesh)
-        if not stage['parent']:
+        if fresh or not stage['parent']:
             return initial_state(model.init(self._seed(name), self.mesh), optimizer), {}
         parent, step = split_address(stage['parent'])
         wanted = dict(shapes)
@@ -262,10 +270,11 @@ class Run:
             state['optimizer'] = arrays['optimizer']
         return state, metadata
 
-    def _other(self, address: str) -> Variables:
+    def _other(self, address: str, fresh: bool) -> Variables:
         """The variables of another stage's checkpoint."""
         name, step = split_address(address)
-        return self._restore(name, step, Model(self.model_config(name)).shapes(self.mesh))[0]
+        model = Model(self.model_config(name))
+        return model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
 
     def _restore(self, name: str, step: int | None, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         checkpoints = Checkpoints(self.workdir / name / 'checkpoints', read_only=True)

@@ -1,10 +1,12 @@
-"""Settings of the process that must be made before JAX does any work."""
+"""The process and its host: settings to be made before JAX does any work, and the CPU time it takes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import resource
+import time
 from pathlib import Path
 
 import jax
@@ -31,3 +33,9 @@ def prepare() -> None:
             (_M_ARENA_MAX, 1),
         ):
             libc.mallopt(parameter, value)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process so far, all its threads and its finished children included."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime

@@ -17,6 +17,7 @@ from tensorboardX import SummaryWriter
 from data.stream import Stream
 from model.transformer import Model
 from train.checkpoint import Checkpoints
+from train.host import cpu_seconds
 from train.objectives import Objective
 from train.progress import Progress
 from train.step import State, make_step, place
@@ -56,13 +57,24 @@ class Plan:
 
 @dataclasses.dataclass
 class Spent:
-    """Running totals over the lineage, and where this process's time went (seconds)."""
+    """Running totals over the lineage, and where this process's time went (seconds).
+
+    Attributes:
+        first_seconds: the first step, which compiles. `warm` is when it was over (on time.perf_counter's clock); what
+            follows is counted from there to the metrics of the last step.
+        total_seconds, cpu_seconds: by the clock on the wall, and on all CPU cores.
+        stream_seconds, place_seconds, log_seconds: in `stream.next`, moving batches to devices, writing metrics.
+    """
 
     tokens: int
     flops: float
-    data_seconds: float = 0.0
-    log_seconds: float = 0.0
+    first_seconds: float = 0.0
+    warm: float = 0.0
     total_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    stream_seconds: float = 0.0
+    place_seconds: float = 0.0
+    log_seconds: float = 0.0
 
 
 def train(plan: Plan, state: State) -> tuple[State, Spent]:
@@ -76,7 +88,10 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
     step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer), donate_argnums=0)
-    began = time.perf_counter()
+    # All at once, as asking for one would wait for the devices.
+    rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)))
+    stream_works = bool(getattr(plan.stream, 'work', ''))
+    cpu_before = 0.0
     writer = SummaryWriter(str(plan.folder), flush_secs=30)
     with (
         jax.set_mesh(plan.mesh),
@@ -96,15 +111,27 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
             progress.update(line['step'], tokens, **shown)
             spent.log_seconds += time.perf_counter() - now - waited
+            spent.total_seconds = time.perf_counter() - spent.warm
+            spent.cpu_seconds = cpu_seconds() - cpu_before
 
         pending: tuple[Any, ...] | None = None
         for step in range(first, plan.steps):
             started = time.perf_counter()
             variables = {'params': state['params'], 'balance': state['balance']}
+            if stream_works:  # it needs them at once, and the rest of the last step is not its time
+                jax.block_until_ready(variables)
+            asked = time.perf_counter()
             batch, stream_state = plan.stream.next(step, variables)
+            made = time.perf_counter()
             placed = place(batch, plan.mesh, plan.microbatches)
-            spent.data_seconds += time.perf_counter() - started
+            spent.stream_seconds += made - asked
+            spent.place_seconds += time.perf_counter() - made
             state, metrics = step_function(state, placed)
+            if step == first:
+                jax.block_until_ready(state)
+                spent.warm, cpu_before = time.perf_counter(), cpu_seconds()
+                spent.first_seconds = spent.warm - started
+                spent.stream_seconds = spent.place_seconds = 0.0
             tokens = int(np.count_nonzero(batch['segments']))
             spent.tokens += tokens
             spent.flops += tokens * plan.model.flops_per_token(batch['tokens'].shape[1])
@@ -115,7 +142,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 'step': step + 1,
                 'tokens': spent.tokens,
                 'flops': spent.flops,
-                'learning_rate': float(plan.learning_rate(step)),
+                'learning_rate': float(rates[step]),
                 **stream_state.get('metrics', {}),
             }
             pending = (line, metrics, tokens, started)
@@ -126,7 +153,6 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
     checkpoints.close()
     writer.close()
-    spent.total_seconds = time.perf_counter() - began
     return state, spent
 
 

@@ -223,7 +223,7 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         change = value - parent['value']
         sign = '+' if change >= 0 else '−'
         kind = _verdict(change, (low, high), (parent.get('low'), parent.get('high')), result.get('direction'))
-        cell += f'<br><span class="{kind}">{sign}{_text(_value(abs(change), unit))}</span>'
+        cell += f'<br><span class="{kind}">{sign}{_text(_change(abs(change), unit))}</span>'
     return f'<td>{cell}</td>'
 
 
@@ -313,6 +313,10 @@ def _value(value: float, unit: str) -> str:
     if unit == 'share':
         return f'{100 * value:.1f}%'
     return f'{value:.4g}{unit}' if unit == '%' else f'{value:.4g} {unit}'.strip()
+
+
+def _change(value: float, unit: str) -> str:
+    return f'{100 * value:.1f} points' if unit == 'share' else _value(value, unit)
 
 
 def _short(number: float) -> str:

@@ -48,6 +48,8 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class RolloutStream:
     """Batches of freshly sampled answers. Every step samples anew; nothing is left over between steps."""
 
+    work = 'sampling'
+
     def __init__(
         self,
         model: Model,

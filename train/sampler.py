@@ -15,9 +15,10 @@ from jax import lax
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from model import cache as latent_cache
+from model.sharding import batch_ways
 from model.transformer import Model, Variables
 
-BUCKET = 32  # prompt lengths are rounded up to a multiple of this, so that few programs are compiled
+WIDTHS = (64, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
 BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
 
 
@@ -151,13 +152,14 @@ def sample_tokens(
                 f'{model.config.max_position_embeddings} less the {max_tokens} to be sampled'
             )
     group = max(1, min(rows // samples, len(prompts)))
+    group = -(-group // batch_ways()) * batch_ways()
     # Prompts of like length go together; what a prompt draws does not depend on its company.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[Completion]] = [[] for _ in prompts]
     for begin in range(0, len(order), group):
         chosen = order[begin : begin + group]
         filled = chosen + [chosen[-1]] * (group - len(chosen))
-        width = -(-max(len(prompts[i]) for i in filled) // BUCKET) * BUCKET
+        width = prompt_width(max(len(prompts[i]) for i in filled))
         block = np.full((group, width), tokenizer.pad_id, np.int32)
         for row, i in enumerate(filled):
             block[row, : len(prompts[i])] = prompts[i]
@@ -183,6 +185,11 @@ def sample_tokens(
                 text = tokenizer.decode(ids[:-1] if stopped else ids)
                 results[i].append(Completion(text, ids, logprobs[s, : counts[s]].tolist(), stopped))
     return results
+
+
+def prompt_width(length: int) -> int:
+    """The padded width of a prompt of `length` tokens."""
+    return next((width for width in WIDTHS if length <= width), -(-length // 1024) * 1024)
 
 
 def row_keys(seed: Any, examples: Sequence[int], samples: int) -> jax.Array:

@@ -1,0 +1,500 @@
+"""The whole model against the NumPy reference, and against itself computed in other ways: nothing may depend on how."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from model import cache as latent_cache
+from model.config import ModelConfig
+from model.heads import same_segment, score
+from model.sharding import make_mesh, partition_spec
+from model.transformer import Model
+from tests import reference
+from tests.tiny import (
+    EVERYTHING,
+    assert_trees_close,
+    evaluate,
+    gradient_function,
+    loss_and_gradients,
+    loss_of,
+    packed,
+    program,
+    randomized,
+    tiny,
+)
+
+FULL = tiny(**EVERYTHING)
+DENSE = tiny(n_routed_experts=0, num_hidden_layers=2, attention='gqa', tie_word_embeddings=True)
+SOFTMAX = tiny(
+    scoring_func='softmax',
+    norm_topk_prob=False,
+    first_k_dense_replace=0,
+    num_hidden_layers=2,
+    n_shared_experts=0,
+    tie_word_embeddings=True,
+    rope_factor=4.0,
+    original_max_position_embeddings=16,
+)
+
+
+@functools.cache
+def variables_of(config):
+    return randomized(Model(config).declared)
+
+
+# Against the reference.
+
+
+@pytest.mark.parametrize('config', [FULL, DENSE, SOFTMAX], ids=['full', 'dense gqa tied', 'softmax yarn tied'])
+def test_outputs_are_the_reference(config):
+    batch, temperature = packed(rows=3), 1.3
+    said = evaluate(config, variables_of(config), batch, temperature)
+    weights = reference.float64(variables_of(config))
+    expected = reference.batch(weights, batch['tokens'], batch['segments'], config, temperature)
+    real = batch['segments'] > 0
+    np.testing.assert_allclose(said['logits'][real], expected['logits'][real], atol=1e-4)
+    for name in ('logprob', 'entropy', 'log_partition'):
+        np.testing.assert_allclose(said[name], expected[name], atol=1e-4, err_msg=name)
+    assert len(said['multi_token_logprob']) == config.num_nextn_predict_layers
+    for ahead, expected_ahead in zip(said['multi_token_logprob'], expected['multi_token_logprob'], strict=True):
+        assert np.count_nonzero(expected_ahead) > 3
+        np.testing.assert_allclose(ahead, expected_ahead, atol=1e-4)
+    assert bool(said['statistics']) == config.is_moe
+    for layer, statistics in enumerate(expected['statistics']):
+        for name, value in statistics.items():
+            np.testing.assert_allclose(said['statistics'][name][layer], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('config', [FULL, SOFTMAX], ids=['full', 'softmax yarn tied'])
+def test_gradients_are_those_of_the_reference(config):
+    """The derivative along a random direction, by central differences of the reference in float64."""
+    batch, variables = packed(rows=2), variables_of(config)
+    loss, gradients = loss_and_gradients(config, variables, batch)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))  # every weight is used
+    direction = randomized(Model(config).declared['params'], seed=1)
+
+    def reference_loss(step):
+        params = jax.tree.map(lambda p, d: np.float64(p) + step * d, variables['params'], direction)
+        weights = {'params': params, 'balance': reference.float64(variables['balance'])}
+        return loss_of(reference.batch(weights, batch['tokens'], batch['segments'], config), batch['segments'], np)
+
+    np.testing.assert_allclose(loss, reference_loss(0.0), rtol=1e-5)
+    slope = (reference_loss(1e-6) - reference_loss(-1e-6)) / 2e-6
+    along = sum(np.vdot(np.float64(g), d) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
+    np.testing.assert_allclose(along, slope, rtol=1e-4)
+
+
+# What speaks of which token.
+
+
+def test_logprobs_stand_at_the_token_they_are_of():
+    batch = packed(rows=3)
+    said = evaluate(FULL, variables_of(FULL), batch)
+    all_logprobs = reference.log_softmax(np.float64(said['logits']))
+    segments, tokens = batch['segments'], batch['tokens']
+    firsts = 0
+    for row in range(3):
+        for t in range(12):
+            first = t == 0 or segments[row, t] != segments[row, t - 1]
+            firsts += first
+            silent = first or segments[row, t] == 0
+            expected = 0 if silent else all_logprobs[row, t - 1, tokens[row, t]]
+            np.testing.assert_allclose(said['logprob'][row, t], expected, atol=1e-5)
+            assert (said['entropy'][row, t] == 0) == silent
+            assert (said['log_partition'][row, t] == 0) == silent
+    assert firsts > 6
+
+
+def test_multi_token_modules_speak_from_their_place_in_a_segment_on():
+    batch = packed(rows=3)
+    said = evaluate(FULL, variables_of(FULL), batch)
+    for k, ahead in enumerate(said['multi_token_logprob'], start=1):
+        place = np.where(batch['segments'] > 0, batch['positions'], 0)
+        np.testing.assert_array_equal(ahead != 0, place > k)
+
+
+def test_nothing_sees_what_comes_later_or_stands_in_another_segment():
+    batch = packed(rows=2, seed=3)
+    before = evaluate(FULL, variables_of(FULL), batch)
+    row, t = 0, 2
+    assert 1 < np.sum(batch['segments'][row] == batch['segments'][row, t]) < 11
+    changed = {**batch, 'tokens': batch['tokens'].copy()}
+    changed['tokens'][row, t] = (changed['tokens'][row, t] + 1) % FULL.vocab_size
+    after = evaluate(FULL, variables_of(FULL), changed)
+    may_change = np.zeros((2, 12), bool)
+    may_change[row, t:] = (batch['segments'][row] == batch['segments'][row, t])[t:]
+    moved = np.abs(before['logits'] - after['logits']).max(-1) > 0
+    np.testing.assert_array_equal(moved, may_change)
+    for name in ('logprob', 'multi_token_logprob'):
+        for a, b in zip(np.reshape(before[name], (-1, 2, 12)), np.reshape(after[name], (-1, 2, 12)), strict=True):
+            assert not (a != b)[~may_change].any()
+
+
+def test_same_segment():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0]])
+    np.testing.assert_array_equal(same_segment(segments, 1)[0], [0, 1, 1, 0, 1, 0, 0])
+    np.testing.assert_array_equal(same_segment(segments, 2)[0], [0, 0, 1, 0, 0, 0, 0])
+    np.testing.assert_array_equal(same_segment(segments[:, :1], 2)[0], [0])
+
+
+# Computed in another way.
+
+
+def test_packed_documents_are_as_if_alone():
+    batch = packed(rows=8, seed=5)
+    variables = variables_of(FULL)
+    together = evaluate(FULL, variables, batch)
+    places = list(reference.documents(batch['segments']))
+    assert len(places) > 16
+    alone = {name: np.zeros((24, 12), np.int32) for name in batch}
+    for i, (row, columns) in enumerate(places):
+        for name in batch:
+            alone[name][i, : len(columns)] = batch[name][row, columns]
+        alone['segments'][i, : len(columns)] = 1
+    apart = evaluate(FULL, variables, alone)
+    for i, (row, columns) in enumerate(places):
+        for name in ('logits', 'logprob', 'entropy', 'log_partition'):
+            np.testing.assert_allclose(together[name][row, columns], apart[name][i, : len(columns)], atol=2e-5)
+        for a, b in zip(together['multi_token_logprob'], apart['multi_token_logprob'], strict=True):
+            np.testing.assert_allclose(a[row, columns], b[i, : len(columns)], atol=2e-5)
+    np.testing.assert_array_equal(together['statistics']['load'], apart['statistics']['load'])
+    for name, value in together['statistics'].items():
+        np.testing.assert_allclose(value, apart['statistics'][name], rtol=1e-5, err_msg=name)
+    loss, one = (loss_of(said, b['segments'], np) for said, b in ((together, batch), (apart, alone)))
+    np.testing.assert_allclose(loss, one, rtol=1e-5)
+
+
+def test_positions_and_segments_have_defaults():
+    tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
+    batch = {
+        'tokens': tokens,
+        'positions': np.broadcast_to(np.arange(5, dtype=np.int32), (2, 5)),
+        'segments': np.ones((2, 5), np.int32),
+    }
+    given = evaluate(DENSE, variables_of(DENSE), batch)
+    default = evaluate(DENSE, variables_of(DENSE), {'tokens': tokens})
+    np.testing.assert_array_equal(given['logprob'], default['logprob'])
+    with pytest.raises(ValueError, match=r'\(5,\).*\[batch, length\]'):
+        Model(DENSE).apply(variables_of(DENSE), tokens[0])
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(scan_layers=False),
+        dict(remat='dots'),
+        pytest.param(dict(remat='full'), marks=pytest.mark.slow),
+        pytest.param(dict(remat='full', scan_layers=False), marks=pytest.mark.slow),
+        pytest.param(dict(remat='dots', scan_layers=False), marks=pytest.mark.slow),
+        dict(head_chunk=8, remat='full'),
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_changes_nothing(changes):
+    batch, variables = packed(rows=2), variables_of(FULL)
+    expected = loss_and_gradients(FULL, variables, batch)
+    assert_trees_close(loss_and_gradients(dataclasses.replace(FULL, **changes), variables, batch), expected, 2e-5)
+
+
+@pytest.mark.parametrize('chunk', [1, 6, 14, 20])
+def test_chunked_head_is_the_whole_head(chunk):
+    """Rows of 12 in chunks of 1, 3, 6 (7 does not divide 12) and 6 (of 10) columns."""
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(2, 12, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
+    targets = rng.integers(11, size=(2, 12)).astype(np.int32)
+    weights = rng.normal(size=(3, 2, 12)).astype(np.float32)
+
+    def both(chunk):
+        def total(hidden, head):
+            out = score(hidden, head, targets, 0.7, chunk)
+            return sum(jnp.sum(w * x) for w, x in zip(weights, out, strict=True)), out
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, head)
+
+    (value, out), gradients = both(chunk)
+    (expected_value, expected), expected_gradients = both(1000)
+    assert_trees_close((value, out, gradients), (expected_value, expected, expected_gradients))
+    logits = np.float64(hidden) @ np.float64(head).T / 0.7
+    logprobs = reference.log_softmax(logits)
+    np.testing.assert_allclose(out[0], np.take_along_axis(logprobs, targets[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(out[1], -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(out[2], np.log(np.exp(logits).sum(-1)), atol=1e-5)
+
+
+def test_entropy_carries_no_gradient():
+    hidden, head = jnp.ones((1, 2, 3)), jnp.linspace(-1, 1, 12).reshape(4, 3)
+    gradient = jax.grad(lambda h: score(h, head, jnp.zeros((1, 2), jnp.int32), 1.0, 100)[1].sum())(hidden)
+    np.testing.assert_array_equal(gradient, 0 * hidden)
+
+
+def test_a_tied_head_is_the_embedding():
+    tied = Model(DENSE)
+    untied = Model(dataclasses.replace(DENSE, tie_word_embeddings=False))
+    assert 'lm_head' not in tied.declared['params'] and 'lm_head' in untied.declared['params']
+    variables = variables_of(DENSE)
+    doubled = {**variables['params'], 'lm_head': variables['params']['embed_tokens']}
+    batch = packed()
+    same = evaluate(untied.config, {**variables, 'params': doubled}, batch)
+    np.testing.assert_allclose(evaluate(DENSE, variables, batch)['logits'], same['logits'], atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32():
+    config = dataclasses.replace(SOFTMAX, dtype='bfloat16')
+    batch = packed(rows=3)
+    narrow, wide = (evaluate(c, variables_of(SOFTMAX), batch) for c in (config, SOFTMAX))
+    assert narrow['logits'].dtype == narrow['logprob'].dtype == np.float32
+    assert narrow['entries']['latent'].dtype == jnp.bfloat16
+    difference = np.abs(narrow['logprob'] - wide['logprob'])
+    # A token near the edge between two experts may be sent elsewhere, so not every one is near.
+    assert np.isfinite(difference).all() and 0 < np.median(difference[difference > 0]) < 0.1
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        tiny(**{**EVERYTHING, 'num_nextn_predict_layers': 0}),
+        tiny(attention='gqa', first_k_dense_replace=2),
+        SOFTMAX,
+    ],
+    ids=['mla', 'gqa', 'mla yarn'],
+)
+def test_decoding_from_the_cache_is_the_full_pass(config):
+    """Prompts of different lengths, prefilled once and continued twice each, one token at a time."""
+    model, variables = Model(config), variables_of(config)
+    rng = np.random.default_rng(0)
+    lengths, slots, more, samples = np.array([3, 7, 1]), 7, 4, 2
+    prompts = rng.integers(config.vocab_size, size=(3, slots)).astype(np.int32)
+    continuations = rng.integers(config.vocab_size, size=(3 * samples, more)).astype(np.int32)
+    real = (np.arange(slots) < lengths[:, None]).astype(np.int32)
+    positions = np.broadcast_to(np.arange(slots, dtype=np.int32), prompts.shape)
+    prefilled = program(config)(variables, {'tokens': prompts, 'positions': positions, 'segments': real}, 0.7)
+    cache = latent_cache.repeated(latent_cache.grown(prefilled['entries'], slots + more), samples)
+    row_lengths = np.repeat(lengths, samples)
+
+    @jax.jit
+    def step(cache, token, index):
+        slot = jnp.arange(slots + more)[None]
+        valid = (slot < row_lengths[:, None]) | ((slot >= slots) & (slot < slots + index))
+        position = jnp.asarray(row_lengths, jnp.int32)[:, None] + index
+        out = model.apply(variables, token, position, jnp.ones_like(token), 0.7, cache, valid)
+        return out.logits[:, 0], latent_cache.written(cache, out.entries, slots + index)
+
+    decoded = [np.repeat(np.asarray(prefilled['logits'])[np.arange(3), lengths - 1], samples, axis=0)]
+    for index in range(more):
+        logits, cache = step(cache, continuations[:, index, None], np.int32(index))
+        decoded.append(np.asarray(logits))
+
+    tokens = np.zeros((3 * samples, slots + more), np.int32)
+    for row, length in enumerate(row_lengths):
+        tokens[row, :length] = prompts[row // samples, :length]
+        tokens[row, length : length + more] = continuations[row]
+    columns = np.broadcast_to(np.arange(slots + more, dtype=np.int32), tokens.shape)
+    segments = (columns < row_lengths[:, None] + more).astype(np.int32)
+    full = evaluate(config, variables, {'tokens': tokens, 'positions': columns, 'segments': segments}, 0.7)
+    for row, length in enumerate(row_lengths):
+        expected = full['logits'][row, length - 1 : length + more]
+        found = np.stack([logits[row] for logits in decoded])
+        np.testing.assert_allclose(reference.log_softmax(found), reference.log_softmax(expected), atol=5e-5)
+    # The two samples of a prompt went different ways.
+    assert np.abs(decoded[-1][0] - decoded[-1][1]).max() > 1e-2
+    per_token = sum(x.shape[0] * int(np.prod(x.shape[3:])) for x in cache.values())
+    assert per_token == config.cache_elements_per_token
+
+
+# On a mesh.
+
+
+@pytest.fixture(scope='module')
+def one_device_mesh():
+    return make_mesh({'data': 1}, jax.devices()[:1])
+
+
+SHARDED = tiny(**{**EVERYTHING, 'hidden_size': 16, 'num_nextn_predict_layers': 1})
+
+
+@pytest.mark.parametrize(
+    'sizes',
+    [
+        {'data': 2, 'fsdp': 4},
+        {'fsdp': 2, 'expert': 2, 'tensor': 2},
+        pytest.param({'data': 8}, marks=pytest.mark.slow),
+        pytest.param({'expert': 4, 'data': 2}, marks=pytest.mark.slow),
+        pytest.param({'data': 2, 'tensor': 4}, marks=pytest.mark.slow),
+        pytest.param({'fsdp': 4, 'context': 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_eight_devices_are_as_one(sizes):
+    batch, variables = packed(rows=8), variables_of(SHARDED)
+    expected = loss_and_gradients(SHARDED, variables, batch)
+    mesh = make_mesh(sizes)
+    shardings = jax.tree.map(lambda x: x.sharding, Model(SHARDED).shapes(mesh))
+    rows = jax.sharding.NamedSharding(mesh, partition_spec((8, 12), ('batch', None), dict(mesh.shape)))
+    assert len(rows.device_set) == 8
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(variables, shardings)
+        stored = placed['params']['layers']['self_attn']['kv_a_proj_with_mqa']
+        ways = mesh.shape['fsdp'] * mesh.shape['expert']
+        assert stored.addressable_shards[0].data.size * ways == stored.size
+        run = jax.jit(gradient_function(SHARDED), out_shardings=(None, shardings['params']))
+        found = run(placed['params'], placed['balance'], jax.device_put(batch, rows))
+    assert_trees_close(jax.device_get(found), expected)
+
+
+def test_initial_values_do_not_depend_on_the_mesh(one_device_mesh):
+    model = Model(SHARDED)
+    alone = model.init(3, one_device_mesh)
+    spread = model.init(3, make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
+    matrix = spread['params']['layers']['mlp']['experts_up_proj']
+    assert not matrix.sharding.is_fully_replicated
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(alone), jax.device_get(spread))
+    other = model.init(4, one_device_mesh)['params']['lm_head']
+    assert np.abs(other - alone['params']['lm_head']).max() > 0
+
+
+def test_initial_values(one_device_mesh):
+    config = tiny(hidden_size=64, initializer_range=0.05)
+    params = Model(config).init(0, one_device_mesh)['params']
+    matrix = np.asarray(params['layers']['mlp']['experts_gate_proj'])
+    assert matrix.shape == (2, 8, 64, 12) and matrix.dtype == np.float32
+    assert matrix.std() == pytest.approx(0.05, rel=0.05) and abs(matrix.mean()) < 2e-3
+    assert np.abs(matrix[0] - matrix[1]).max() > 0.01  # layers and experts differ
+    assert np.abs(matrix[0, 0] - matrix[0, 1]).max() > 0.01
+    assert np.abs(matrix - np.asarray(params['layers']['mlp']['experts_up_proj'])).max() > 0.01
+    np.testing.assert_array_equal(params['norm'], 1)
+    balance = Model(config).init(0, one_device_mesh)['balance']
+    np.testing.assert_array_equal(balance['layers']['mlp']['bias'], np.zeros((2, 8)))
+
+
+def test_mesh_sizes():
+    mesh = make_mesh({'data': -1, 'tensor': 2})
+    assert dict(mesh.shape) == {'data': 4, 'fsdp': 1, 'expert': 1, 'tensor': 2, 'context': 1}
+    with pytest.raises(ValueError, match=r'mesh.pipeline is no mesh axis'):
+        make_mesh({'pipeline': 2})
+    with pytest.raises(ValueError, match=r'data 3 .*= 3: expected the 8 devices'):
+        make_mesh({'data': 3})
+    with pytest.raises(ValueError, match=r'expected the 8 devices'):
+        make_mesh({'data': -1, 'fsdp': 3})
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+    shape = {'data': 1, 'fsdp': 4, 'expert': 2, 'tensor': 2, 'context': 1}
+    assert partition_spec((16, 3), ('embed', 'heads'), shape) == PartitionSpec(('fsdp', 'expert'), None)
+    assert partition_spec((12, 4), ('embed', 'heads'), shape) == PartitionSpec(('fsdp',), ('tensor',))
+    assert partition_spec((6,), ('embed',), shape) == PartitionSpec(('expert',))
+    assert partition_spec((5, 5), (None, 'embed'), shape) == PartitionSpec(None, None)
+
+
+# The config.
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(attention='mha'), r"model.attention is 'mha': expected one of mla, gqa"),
+        (dict(scoring_func='relu'), r'model.scoring_func .*sigmoid, softmax'),
+        (dict(bias_update_rule='adam'), r'model.bias_update_rule .*sign, bounded, none'),
+        (dict(remat='all'), r'model.remat .*none, dots, full'),
+        (dict(dtype='float16'), r'model.dtype .*float32, bfloat16'),
+        (dict(hidden_size=0), r'model.hidden_size is 0: expected a positive'),
+        (dict(head_chunk=0), r'model.head_chunk is 0'),
+        (dict(qk_rope_head_dim=5), r'model.qk_rope_head_dim is 5: expected an even'),
+        (dict(attention='gqa', head_dim=5), r'model.head_dim is 5: expected an even'),
+        (dict(attention='gqa', num_key_value_heads=3), r'model.num_key_value_heads is 3: expected a divisor of .*=4'),
+        (dict(rope_factor=0.5), r'model.rope_factor is 0.5'),
+        (dict(num_nextn_predict_layers=-1), r'model.num_nextn_predict_layers is -1'),
+        (dict(num_experts_per_tok=9), r'model.num_experts_per_tok is 9: expected 1 to n_routed_experts=8'),
+        (dict(num_experts_per_tok=0), r'model.num_experts_per_tok is 0'),
+        (dict(n_group=3), r'model.n_group is 3: expected a divisor'),
+        (dict(n_group=8), r'model.n_group is 8: expected groups of two'),
+        (dict(n_group=2, topk_group=3), r'model.topk_group is 3'),
+        (
+            dict(n_group=4, topk_group=1, num_experts_per_tok=3),
+            r'model.num_experts_per_tok is 3: expected at most the 2',
+        ),
+    ],
+)
+def test_contradictions_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_a_misspelt_field_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r'model.kv_lora_rnak is no field of the model: did you mean kv_lora_rank\?'):
+        ModelConfig.from_dict({'kv_lora_rnak': 3})
+    with pytest.raises(ValueError, match=r'model.zzz is no field of the model$'):
+        ModelConfig.from_dict({'zzz': 3})
+    assert ModelConfig.from_dict(FULL.to_dict()) == FULL
+
+
+def test_a_dense_model_has_no_router_and_needs_no_valid_one():
+    config = tiny(n_routed_experts=0, n_group=5, num_experts_per_tok=7)
+    declared = Model(config).declared
+    assert declared['balance'] == {} and 'layers' not in declared['params']
+    assert config.num_dense_layers == 3 and config.num_moe_layers == 0
+
+
+def test_expert_layers_may_be_in_the_multi_token_modules_alone():
+    config = tiny(first_k_dense_replace=9, num_nextn_predict_layers=2, num_hidden_layers=1)
+    said = evaluate(config, variables_of(config), packed())
+    assert said['statistics']['load'].shape == (2, 8)
+
+
+# Size and cost.
+
+
+def test_size_of_deepseek_v3():
+    """671 billion parameters, 37 billion of them active (DeepSeek-V3, section 4.2)."""
+    config = ModelConfig(
+        vocab_size=129280,
+        hidden_size=7168,
+        num_hidden_layers=61,
+        first_k_dense_replace=3,
+        intermediate_size=18432,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        moe_intermediate_size=2048,
+        n_group=8,
+        topk_group=4,
+    )
+    counts = Model(config).parameter_counts
+    assert counts['total'] == pytest.approx(671e9, rel=1e-3)
+    assert counts['active'] == pytest.approx(37e9, rel=0.03)
+    assert config.cache_elements_per_token == 61 * 576
+
+
+def test_counts_and_cost():
+    config = tiny(num_nextn_predict_layers=1)
+    model = Model(config)
+    params = variables_of(config)['params']
+    counts = model.parameter_counts
+    assert counts['total'] == sum(x.size for x in jax.tree.leaves(params))
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    module = sum(x.size for x in jax.tree.leaves(params['multi_token_1']))
+    assert counts['active'] == counts['total'] - module - 2 * 6 * expert  # 6 of 8 experts idle in each of two layers
+    # Without length, two FLOPs a matmul weight: all but the norms, and for each position the head once.
+    vectors = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if 'norm' in str(path))
+    vectors -= sum(
+        x.size for path, x in jax.tree_util.tree_leaves_with_path(params['multi_token_1']) if 'norm' in str(path)
+    )
+    forward = 2 * (counts['active'] - config.vocab_size * config.hidden_size)
+    assert model.flops_per_token(0, backward=False) == pytest.approx(forward, rel=2 * vectors / counts['active'])
+    per_position = 3 * 4 * (config.qk_head_dim + config.v_head_dim)  # layers, heads, widths
+    grown = model.flops_per_token(200, backward=False) - model.flops_per_token(0, backward=False)
+    assert grown == pytest.approx(2 * per_position * 100)
+    assert model.flops_per_token(200) > 3 * model.flops_per_token(200, backward=False)  # the module trains as well

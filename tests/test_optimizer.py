@@ -1,0 +1,129 @@
+"""Schedules at exact steps, and which weights an optimizer treats how."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from model.transformer import Model, is_declared
+from small import model_config
+from train.optimizer import learning_rate, make_optimizer
+from train.stages import COMMON
+
+SETTINGS: dict[str, Any] = COMMON['optimizer']
+
+
+def rates(steps: int, **changes: Any) -> list[float]:
+    schedule = learning_rate({**SETTINGS, 'learning_rate': 1.0, **changes}, steps)
+    return [round(float(schedule(step)), 6) for step in range(steps + 1)]
+
+
+def test_warmup_stable_decay() -> None:
+    expected = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(10, schedule='wsd', warmup=0.2, decay=0.4) == expected
+
+
+def test_wsd_that_only_decays_starts_at_the_peak() -> None:
+    assert rates(4, schedule='wsd', warmup=0.0, decay=1.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def test_cosine_ends_at_its_final_share() -> None:
+    found = rates(12, schedule='cosine', warmup=2 / 12, final=0.1)
+    assert found[:3] == [0.5, 1.0, 1.0]
+    for step in range(2, 13):
+        expected = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (step - 2) / 10))
+        assert found[step] == pytest.approx(expected, abs=1e-5)
+
+
+def test_linear_goes_to_zero_and_constant_stays() -> None:
+    assert rates(4, schedule='linear', warmup=0.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(5, schedule='linear', warmup=0.2) == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert rates(4, schedule='constant', warmup=0.5) == [0.5, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(('field', 'value'), [('schedule', 'cosin'), ('name', 'adam')])
+def test_an_unknown_choice_is_named(field: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"optimizer.{field} is '{value}': expected"):
+        make_optimizer({**SETTINGS, field: value}, 10, Model(model_config()).declared['params'])
+
+
+def named(tree: Any, **options: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, **options)}
+
+
+@pytest.fixture(scope='module')
+def declared() -> Any:
+    """Two expert layers behind a dense one, a multi-token module, an untied head: every kind of weight."""
+    config = model_config(
+        first_k_dense_replace=1, num_hidden_layers=3, num_nextn_predict_layers=1, tie_word_embeddings=False
+    )
+    return Model(config).declared['params']
+
+
+def update(declared: Any, gradient_of: Any, **changes: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The first update, the parameters (all ones) and the declarations, by path."""
+    settings = {**SETTINGS, 'schedule': 'constant', 'warmup': 0.0, 'clip': 0.0, 'learning_rate': 0.1, **changes}
+    optimizer = make_optimizer(settings, 10, declared)
+    parameters = jax.tree.map(lambda x: jnp.ones(x.value.shape), declared, is_leaf=is_declared)
+    gradient = jax.tree.map(gradient_of, declared, is_leaf=is_declared)
+    updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(gradient, parameters)
+    return named(updates), named(parameters), named(declared, is_leaf=is_declared)
+
+
+def random_gradient(weight: Any) -> np.ndarray:
+    return np.random.default_rng(weight.value.size).normal(size=weight.value.shape).astype(np.float32)
+
+
+def test_only_matrices_and_embeddings_decay(declared: Any) -> None:
+    for name in ('adamw', 'muon'):
+        # Without a gradient, what is left of an update is the decay: learning rate times weight_decay times weight.
+        updates, _, weights = update(declared, lambda x: jnp.zeros(x.value.shape), name=name, weight_decay=0.5)
+        for path, x in updates.items():
+            expected = 0.0 if weights[path].role == 'vector' else -0.1 * 0.5
+            np.testing.assert_allclose(np.asarray(x), expected, atol=1e-7, err_msg=f'{name} {path}')
+        assert {x.role for x in weights.values()} >= {'matrix', 'embedding', 'router', 'vector'}
+
+
+def test_muon_touches_matrices_alone(declared: Any) -> None:
+    """A matrix's update is near orthogonal, whatever its gradient; all others get AdamW's first step, its sign."""
+    updates, _, weights = update(declared, random_gradient, name='muon', weight_decay=0.0)
+    matrices = 0
+    for path, x in updates.items():
+        weight, array = weights[path], np.asarray(x)
+        if weight.role != 'matrix':
+            expected = -0.1 * np.sign(random_gradient(weight))
+            np.testing.assert_allclose(array, expected, rtol=1e-3, atol=1e-4, err_msg=path)
+            continue
+        stacked = [i for i, axis in enumerate(weight.axes) if axis in ('layers', 'experts')]
+        own = [size for i, size in enumerate(weight.value.shape) if i not in stacked]
+        rows, columns = int(np.prod(own[: weight.inputs])), int(np.prod(own[weight.inputs :]))
+        each = array.reshape(-1, rows, columns)
+        assert len(each) == np.prod([weight.value.shape[i] for i in stacked], initial=1)
+        for matrix in each:  # every layer and expert is a matrix of its own
+            singular = np.linalg.svd(matrix, compute_uv=False) / (0.1 * 0.2 * np.sqrt(max(rows, columns)))
+            assert 0.5 < singular.min() and singular.max() < 1.5, path
+            matrices += 1
+    assert matrices > 20
+
+
+def test_adamw_is_the_textbook(declared: Any) -> None:
+    updates, parameters, weights = update(
+        declared, random_gradient, name='adamw', weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8
+    )
+    for path, x in updates.items():
+        gradient = random_gradient(weights[path]).astype(np.float64)
+        decay = 0.0 if weights[path].role == 'vector' else 0.1
+        expected = -0.1 * (gradient / (np.sqrt(gradient**2) + 1e-8) + decay * np.asarray(parameters[path]))
+        np.testing.assert_allclose(np.asarray(x), expected, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_clipping_is_by_the_global_norm(declared: Any) -> None:
+    """AdamW forgets the size of a gradient but for epsilon, so epsilon shows it."""
+    large = {'name': 'adamw', 'weight_decay': 0.0, 'epsilon': 1e3, 'clip': 1.0}
+    updates, _, weights = update(declared, lambda x: jnp.full(x.value.shape, 7.0), **large)
+    norm = 7.0 * np.sqrt(sum(weight.value.size for weight in weights.values()))
+    for path, x in updates.items():
+        np.testing.assert_allclose(np.asarray(x), -0.1 * (7 / norm) / 1e3, rtol=1e-3, err_msg=path)

@@ -1,0 +1,209 @@
+"""The on-policy stream: rewards, advantages, and batches that do not depend on how answers are packed."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from data.errors import InputError
+from data.tasks import Prompt, Verdict, get_task
+from model.transformer import Model, Variables
+from small import get_config, model_config, one_device
+from text import small_tokenizer
+from train.algorithms import group_relative, rejection
+from train.objectives import clipped_policy_gradient, joined, regularizers
+from train.rollout import RolloutStream, format_reward, random_reward, verifier_reward
+from train.sampler import Completion
+from train.step import initial_state, make_step, place
+
+PROMPTS, SAMPLES = 3, 4
+
+
+class Scored:
+    """A task of which a random model gets something right: the score of an answer is whether it holds an even number of
+    bytes; or, of problems numbered below `easy`, always 1."""
+
+    name = 'scored'
+
+    def __init__(self, easy: int = 0):
+        self.easy = easy
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt(f'say {index}', '', f'say {index}', {'index': index})
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict:
+        return Verdict(float(prompt.info['index'] < self.easy or len(completion.encode()) % 2 == 0))
+
+
+@functools.cache
+def model() -> tuple[Model, Variables]:
+    made = Model(model_config(num_hidden_layers=1, initializer_range=0.5))
+    variables = made.init(0, one_device())
+    # Half of all answers should end by themselves: the stop token is made likely.
+    end = small_tokenizer().end_id
+    weights = variables['params']['embed_tokens']
+    variables['params']['embed_tokens'] = weights.at[end].set(weights.mean(0) + 0.3)
+    return made, variables
+
+
+def stream(task: Any = None, **changes: Any) -> RolloutStream:
+    settings = get_config().stages.grpo.to_dict()
+    settings |= {'prompts': PROMPTS, 'samples': SAMPLES, 'batch_size': 12, 'sequence_length': 64, 'max_tokens': 12}
+    settings |= {'temperature': 1.3, 'algorithm': 'grpo', 'reward': 'verifier'}
+    reference = changes.pop('reference', None)
+    return RolloutStream(model()[0], small_tokenizer(), task or Scored(), {**settings, **changes}, 11, reference)
+
+
+@functools.cache
+def batch(step: int = 0, easy: int = 0, sequence_length: int = 64, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    made = stream(Scored(easy), sequence_length=sequence_length, **changes)
+    return made.next(step, model()[1])
+
+
+@functools.cache
+def step_function() -> Any:
+    losses = {'multi_token': 0.0, 'z_loss': 0.0, 'sequence_balance': 0.0, 'batch_balance': 0.0}
+    surrogate = clipped_policy_gradient({'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.0})
+    optimizer = optax.adam(0.1)
+    with jax.set_mesh(one_device()):
+        state = initial_state(model()[1], optimizer)
+    return jax.jit(make_step(model()[0], joined(surrogate, regularizers(losses, 0, True)), optimizer)), state
+
+
+def stepped(of: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    function, state = step_function()
+    with jax.set_mesh(one_device()):
+        state, metrics = function(state, place(of, one_device(), 1))
+    return state, {name: float(x) for name, x in metrics.items()}
+
+
+def test_group_relative_advantages() -> None:
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    plain = group_relative(rewards, normalize=False)
+    np.testing.assert_allclose(plain, [[0.5, -0.5, -0.5, 0.5], [0] * 4, [-0.25, -0.25, -0.25, 0.75]])
+    scaled = group_relative(rewards, normalize=True)
+    np.testing.assert_allclose(scaled[2], plain[2] / (np.sqrt(3) / 4), rtol=1e-5)
+    assert not scaled[1].any()
+    np.testing.assert_array_equal(rejection(np.array([[1.0, 0.5, 0.0]])), [[1.0, 0.0, 0.0]])
+
+
+def test_rewards_and_their_control_arms() -> None:
+    task = get_task('arithmetic', split='train', operations=1)
+    problem = task.prompt(0)
+    right = Completion(problem.reference, [1, 2], [0.0, 0.0], stopped=True)
+    wrong = Completion('1 + 1 = 3\nAnswer: 1000000', [1, 2], [0.0, 0.0], stopped=True)
+    formless = Completion('I do not know', [1, 2], [0.0, 0.0], stopped=True)
+    endless = Completion(problem.reference, [1, 2], [0.0, 0.0], stopped=False)
+    assert [verifier_reward(task, problem, x, 0) for x in (right, wrong, formless, endless)] == [1.0, 0.0, 0.0, 0.0]
+    assert [format_reward(task, problem, x, 0) for x in (right, wrong, formless, endless)] == [1.0, 1.0, 0.0, 0.0]
+    problems = [task.prompt(index) for index in range(50)]
+    coins = [random_reward(task, p, right, number) for p in problems for number in range(8)]
+    assert coins == [random_reward(task, p, endless, number) for p in problems for number in range(8)]  # blind, repeatable
+    assert set(coins) == {0.0, 1.0} and 0.4 < np.mean(coins) < 0.6
+    groups = np.array(coins).reshape(50, 8)
+    assert (groups.min(1) < groups.max(1)).mean() > 0.9  # a problem's samples are told apart
+
+
+def test_answers_are_stamped_and_the_stop_token_is_learnt() -> None:
+    arrays, state = batch()
+    learnt = arrays['loss_weight'] > 0
+    assert learnt.any() and not arrays['advantage'][~learnt].any() and not arrays['behavior_logprob'][~learnt].any()
+    assert (arrays['advantage'][learnt] != 0).all() and (arrays['behavior_logprob'][learnt] < 0).all()
+    end = small_tokenizer().end_id
+    stopped = 0
+    for row in range(12):
+        segments = arrays['segments'][row]
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            tokens, weight = arrays['tokens'][row, inside], arrays['loss_weight'][row, inside]
+            start = int(weight.argmax())
+            assert weight[start:].all() and not weight[:start].any()  # prompt unlearnt, answer learnt to its end
+            assert len(set(arrays['advantage'][row, inside][start:])) == 1
+            assert end not in tokens[start:-1]
+            stopped += int(tokens[-1] == end)
+    assert stopped > 0
+    assert state['metrics']['rollout/stopped'] > 0 and 0 <= state['metrics']['reward/mean'] <= 1
+
+
+def test_the_trainer_scores_as_the_sampler_did() -> None:
+    """Temperature, routing by the biases and packing included: the stream scores its batch by the sampling weights."""
+    arrays, _ = stream(reference=model()[1]).next(0, model()[1])
+    learnt = arrays['loss_weight'] > 0
+    np.testing.assert_allclose(arrays['reference_logprob'][learnt], arrays['behavior_logprob'][learnt], atol=1e-4)
+    assert float(arrays['temperature']) == np.float32(1.3)
+    _, metrics = stepped({name: x for name, x in arrays.items() if name != 'reference_logprob'})
+    assert metrics['sampler_difference'] < 1e-4 and metrics['clipped_share'] == 0.0
+
+
+def test_groups_of_equal_reward_are_counted_and_have_no_gradient() -> None:
+    """The first two of three problems are always right; their answers leave no trace in the batch."""
+    arrays, state = batch(easy=2)
+    mixed, _ = batch(easy=0)
+    assert state['metrics']['reward/equal_groups'] == pytest.approx(2 / 3)
+    prompt = small_tokenizer().encode('say 2')[-1]
+    starts = [arrays['tokens'][row, arrays['segments'][row] == s] for row in range(12) for s in range(1, 9)]
+    starts = [x for x in starts if len(x)]
+    assert 0 < len(starts) <= SAMPLES and all(prompt in x for x in starts)
+    assert (mixed['segments'] > 0).sum() > (arrays['segments'] > 0).sum()
+
+
+def test_a_batch_of_nothing_but_equal_rewards_changes_nothing() -> None:
+    arrays, state = batch(easy=PROMPTS)
+    assert state['metrics']['reward/equal_groups'] == 1.0 and state['metrics']['reward/mean'] > 0
+    assert not arrays['segments'].any()
+    before = step_function()[1]
+    after, metrics = stepped(arrays)
+    assert metrics['loss'] == 0.0 and metrics['gradient_norm'] == 0.0
+    for name in ('params', 'balance'):
+        for a, b in zip(jax.tree.leaves(before[name]), jax.tree.leaves(after[name]), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+def test_loss_does_not_depend_on_how_answers_are_packed() -> None:
+    """Rows of 64 hold several answers, the rows of the other batch one each, in another order."""
+    packed, _ = batch()
+    spread = {name: np.zeros_like(x) if x.ndim else x for name, x in packed.items()}
+    place_in = 11
+    for row in range(12):
+        for segment in range(1, packed['segments'][row].max() + 1):
+            inside = packed['segments'][row] == segment
+            for name, x in packed.items():
+                if x.ndim:
+                    spread[name][place_in, : inside.sum()] = 1 if name == 'segments' else x[row, inside]
+            place_in -= 1
+    assert packed['segments'].max() > 1 and spread['segments'].max() == 1
+    first, second = stepped(packed)[1], stepped(spread)[1]
+    assert first['gradient_norm'] > 0.01
+    for name in ('loss', 'entropy', 'gradient_norm'):
+        np.testing.assert_allclose(second[name], first[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_steps_pose_new_problems_and_a_step_repeats_itself() -> None:
+    """A resumed run has to sample what the killed one did, from the number of the step alone."""
+    again, _ = stream().next(1, model()[1])
+    later, state = batch(step=1)
+    for name, x in later.items():
+        np.testing.assert_array_equal(x, again[name], err_msg=name)
+    assert state['sample']['prompt'] == f'say {PROMPTS}'
+    assert batch(step=0)[1]['sample']['prompt'] == 'say 0'
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('reward', 'verifer', "reward is 'verifer'; did you mean 'verifier'"),
+        ('algorithm', 'gpro', "algorithm is 'gpro'; did you mean 'grpo'"),
+        ('batch_size', 11, 'batch_size is 11: expected at least prompts'),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        stream(**{field: value})
+
+
+def test_an_answer_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(InputError, match='expected sequence_length of that or more'):
+        stream(sequence_length=8).next(0, model()[1])

@@ -1,0 +1,172 @@
+"""The sampler: the distribution it draws from, what a row depends on, and the log-probabilities it reports."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from model.transformer import Model, Variables
+from small import model_config, one_device
+from text import small_tokenizer
+from train.sampler import BLOCK, Completion, draw, row_keys, sample_tokens
+
+PROMPTS = ([1, 30, 40], [1, 99, 98, 97, 96, 95, 94], [1, 7], [1, 300, 301, 302, 303])
+MAX_TOKENS = 12
+
+
+@functools.cache
+def model() -> tuple[Model, Variables]:
+    """A model whose random weights are large enough for distributions that are not flat."""
+    made = Model(model_config(num_hidden_layers=1, initializer_range=0.5))
+    variables = made.init(0, one_device())
+    # A router bias that is not zero: the sampler has to route by it as the trainer does.
+    variables['balance'] = jax.tree.map(lambda x: x + jnp.linspace(-0.3, 0.3, x.shape[-1])[None], variables['balance'])
+    return made, variables
+
+
+def answers(
+    prompts: Sequence[Sequence[int]] = PROMPTS, samples: int = 2, temperature: float = 1.0, rows: int = 256, first: int = 0
+) -> list[list[Completion]]:
+    made, variables = model()
+    keys = row_keys(5, range(first, first + len(prompts)), samples)
+    return sample_tokens(
+        made,
+        variables,
+        small_tokenizer(),
+        prompts,
+        samples=samples,
+        temperature=temperature,
+        max_tokens=MAX_TOKENS,
+        keys=keys,
+        rows=rows,
+    )
+
+
+def scored(prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the trainer's full forward pass says of an answer: log-probabilities, and the likeliest tokens."""
+    made, variables = model()
+    row = np.zeros((1, 32), np.int32)
+    text = [*prompt, *tokens]
+    row[0, : len(text)] = text
+    segments = (np.arange(32)[None] < len(text)).astype(np.int32)
+    logprob, best = full_forward(variables, row, segments, temperature)
+    start = len(prompt)
+    return np.asarray(logprob)[0, start : len(text)], np.asarray(best)[0, start - 1 : len(text) - 1]
+
+
+@jax.jit
+def full_forward(
+    variables: Variables, tokens: jax.Array, segments: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    output = model()[0].apply(variables, tokens, segments=segments, temperature=temperature)
+    return output.logprob, output.logits.argmax(-1)
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Ten thousand draws over more than one block, against the exact probabilities by a chi-square bound."""
+    count, vocabulary = 10_000, 2 * BLOCK + 7
+    logits = np.random.default_rng(0).normal(size=vocabulary).astype(np.float32) * 1.5
+    logits[[3, BLOCK, vocabulary - 1]] = -np.inf
+    keys = jax.random.split(jax.random.key(1), count)
+    tokens, logprobs = jax.jit(draw)(jnp.broadcast_to(logits, (count, vocabulary)), keys)
+    exact = np.exp(logits.astype(np.float64))
+    exact /= exact.sum()
+    np.testing.assert_allclose(np.asarray(logprobs), np.log(exact[np.asarray(tokens)]), atol=1e-5)
+    seen = np.bincount(np.asarray(tokens), minlength=vocabulary)
+    assert len(seen) == vocabulary
+    expected = exact * count
+    assert not seen[expected == 0].any()
+    common = expected > 5
+    chi_square = ((seen - expected)[common] ** 2 / expected[common]).sum()
+    assert chi_square < common.sum() + 5 * np.sqrt(2 * common.sum())
+
+
+@pytest.mark.parametrize('vocabulary', [2, BLOCK, 3 * BLOCK + 1])
+def test_a_token_of_probability_zero_is_never_drawn(vocabulary: int) -> None:
+    """One possible token, wherever it stands; and impossible ones at both ends."""
+    places = sorted({0, 1, vocabulary // 2, vocabulary - 1})
+    logits = np.full((len(places), vocabulary), -np.inf, np.float32)
+    logits[np.arange(len(places)), places] = 1.0
+    many = jnp.repeat(jnp.asarray(logits), 500, axis=0)
+    tokens, logprobs = jax.jit(draw)(many, jax.random.split(jax.random.key(2), len(many)))
+    np.testing.assert_array_equal(np.asarray(tokens).reshape(len(places), 500), np.repeat(np.array(places)[:, None], 500, 1))
+    assert not np.asarray(logprobs).any()
+
+
+def test_sampled_log_probabilities_are_those_of_the_full_forward_pass() -> None:
+    """At temperatures 1 and not 1: what divides the logits in sampling divides them in scoring."""
+    for temperature in (1.0, 0.6):
+        for prompt, group in zip(PROMPTS, answers(temperature=temperature), strict=True):
+            for answer in group:
+                full, _ = scored(prompt, answer.tokens, temperature)
+                np.testing.assert_allclose(answer.logprobs, full, atol=1e-4)
+    spread = np.concatenate([answer.logprobs for group in answers() for answer in group])
+    assert spread.min() < -4 and spread.max() > -1  # the comparison is not one of flat distributions
+
+
+def test_temperature_sharpens() -> None:
+    cold, warm = answers(temperature=0.1, samples=2), answers(temperature=1.0, samples=2)
+    assert np.mean([x for group in cold for a in group for x in a.logprobs]) > np.mean(
+        [x for group in warm for a in group for x in a.logprobs]
+    )
+
+
+def test_greedy_takes_the_likeliest_token_and_needs_no_key() -> None:
+    first, second = answers(temperature=0.0), answers(temperature=0.0, first=50)
+    assert [[a.tokens for a in group] for group in first] == [[a.tokens for a in group] for group in second]
+    for prompt, group in zip(PROMPTS, first, strict=True):
+        assert group[0].tokens == group[1].tokens
+        assert not any(group[0].logprobs)
+        _, best = scored(prompt, group[0].tokens, 1.0)
+        assert best.tolist() == group[0].tokens
+
+
+def test_the_stop_token_ends_an_answer_and_is_kept() -> None:
+    """Greedy decoding, with the token that came third taken for the stop token: the same answer, cut after it."""
+    made, variables = model()
+    whole = answers(PROMPTS[:1], samples=1, temperature=0.0)[0][0]
+    assert not whole.stopped and len(whole.tokens) == MAX_TOKENS
+    assert len(whole.logprobs) == len(whole.tokens)
+    place = next(i for i, token in enumerate(whole.tokens) if i >= 2 and token not in whole.tokens[:i])
+
+    class Stopping:
+        pad_id, end_id = small_tokenizer().pad_id, whole.tokens[place]
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return ' '.join(map(str, ids))
+
+    keys = row_keys(0, [0], 1)
+    settings = {'samples': 1, 'temperature': 0.0, 'max_tokens': MAX_TOKENS, 'keys': keys}
+    ((cut,),) = sample_tokens(made, variables, Stopping(), PROMPTS[:1], **settings)  # type: ignore[arg-type]
+    assert cut.stopped and cut.tokens == whole.tokens[: place + 1] and len(cut.logprobs) == place + 1
+    assert cut.text == ' '.join(map(str, whole.tokens[:place]))  # text has no stop token in it
+
+
+def test_an_answer_depends_on_neither_its_company_nor_the_rows_at_a_time() -> None:
+    together = answers()
+    for rows in (2, 4):  # one prompt at a time, then two
+        for group, other in zip(together, answers(rows=rows), strict=True):
+            assert [a.tokens for a in group] == [a.tokens for a in other]
+            for a, b in zip(group, other, strict=True):
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    alone = answers(PROMPTS[2:3], first=2)[0]
+    assert [a.tokens for a in alone] == [a.tokens for a in together[2]]
+
+
+def test_keys_are_distinct_across_prompts_samples_and_steps() -> None:
+    steps = [row_keys(7, range(step * 4, (step + 1) * 4), 8) for step in range(5)]
+    keys = np.concatenate([np.asarray(jax.random.key_data(k)).reshape(-1, 2) for k in (*steps, row_keys(8, range(20), 8))])
+    assert len(np.unique(keys, axis=0)) == 2 * 5 * 4 * 8
+    # A group's samples differ, and so does the same prompt at another step.
+    tokens = [tuple(a.tokens) for first in (0, 4) for a in answers(PROMPTS[:1], samples=4, first=first)[0]]
+    assert len(set(tokens)) == 8
+
+
+@pytest.mark.parametrize('length', [0, 245, 300])
+def test_a_prompt_that_does_not_fit_is_refused_by_number(length: int) -> None:
+    with pytest.raises(InputError, match=rf'prompt 1 has {length} tokens: expected 1 to 244, the context of 256'):
+        answers([[1], [1] * length])
