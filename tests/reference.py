@@ -55,8 +55,11 @@ def rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
 
 
 def yarn_ramp(pair: int, dim: int, theta: float, original: int, beta_fast: float, beta_slow: float) -> float:
-    """How far pair number `pair` is interpolated, 0 to 1. A pair turns original * theta^(-2 pair / dim) / 2 pi times over
-    the original context; the ramp runs over pair numbers from where that is beta_fast to where it is beta_slow."""
+    """How far pair number `pair` is interpolated, 0 to 1.
+
+    A pair turns original * theta^(-2 pair / dim) / 2 pi times over the original context; the ramp runs over pair
+    numbers from where that is beta_fast to where it is beta_slow.
+    """
     turns_to_pair = [dim / 2 * math.log(original / (turns * 2 * math.pi), theta) for turns in (beta_fast, beta_slow)]
     low, high = max(math.floor(turns_to_pair[0]), 0), min(math.ceil(turns_to_pair[1]), dim - 1)
     if low == high:
@@ -220,9 +223,9 @@ def forward(variables: Tree, tokens: Array, c: Any) -> dict[str, Any]:
     """One document, tokens [n].
 
     Returns:
-        logits [n, V]; multi_token: for module k the logits [n - k, V] by which places 0 .. n-k-1 predict the token k + 1
-        places on (the last of them has none in the document); entries of each layer's cache; routed: (scores, chosen)
-        of each expert layer.
+        logits [n, V]; multi_token: for module k the logits [n - k, V] by which places 0 .. n-k-1 predict the token
+        k + 1 places on (the last of them has none in the document); entries of each layer's cache; routed: (scores,
+        chosen) of each expert layer.
     """
     p, balance = variables['params'], variables['balance']
     head = p['embed_tokens'] if c.tie_word_embeddings else p['lm_head']
@@ -261,8 +264,8 @@ def batch(variables: Tree, tokens: Array, segments: Array, c: Any, temperature: 
     """What a model should say of a batch, put together document by document; places it says nothing of are 0.
 
     Returns:
-        logits [B, T, V]; logprob, entropy, log_partition [B, T]; multi_token_logprob: list of [B, T]; statistics: a list
-        with a dictionary for each expert layer.
+        logits [B, T, V]; logprob, entropy, log_partition [B, T]; multi_token_logprob: list of [B, T]; statistics: a
+        list with a dictionary for each expert layer.
     """
     rows, length = segments.shape
     out: dict[str, Any] = {name: np.zeros((rows, length)) for name in ('logprob', 'entropy', 'log_partition')}

@@ -1,4 +1,4 @@
-"""The real configuration made small: what every test of train/ runs, and a config file for commands under test."""
+"""The real configuration made small: what the tests of train/ run, and a config file for the commands they start."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from configs import demo
-from configs.base import add_stage
 from data.mixture import as_dict
 from model.config import ModelConfig
 from model.sharding import make_mesh
 
 VOCABULARY = 400  # that of `text.small_tokenizer`
-KINDS = ('pretrain', 'midtrain', 'sft', 'grpo')
+# Each the child of the one before.
+STAGES = ('pretrain', 'midtrain', 'sft', 'grpo')
 
 
 def get_config(variant: str = '') -> ConfigDict:
-    """The demo's model, small, and one short stage of each kind, each the child of the one before."""
+    """The demo with few steps of few tokens, without evaluations. A variant is a JSON Lines file to pre-train on."""
     config = demo.get_config()
     config.name = 'small'
     config.tokenizer.vocab_size = VOCABULARY
@@ -39,29 +39,18 @@ def get_config(variant: str = '') -> ConfigDict:
         max_position_embeddings=256,
         original_max_position_embeddings=64,
     )
-    sums = {'name': 'arithmetic', 'operations': 1, 'digits': 1, 'max_value': 9}
-    config.sources = ConfigDict(
-        {
-            'text': {'type': 'task', 'format': 'text', **sums},
-            'chat': {'type': 'task', 'format': 'chat', **sums},
-        }
-    )
-    first = {stage.kind: stage for stage in reversed(list(config.stages.values()))}
-    config.stages = ConfigDict()
-    config.evaluations = ConfigDict()
-    parent = ''
-    for kind in KINDS:
-        add_stage(config, kind, kind)
-        stage = config.stages[kind]
-        for part in ('optimizer', 'loss'):
-            if kind in first:
-                stage[part].update(first[kind][part])
-        stage.update(parent=parent, steps=4, batch_size=8, sequence_length=64, save_every=2, evaluations=())
-        if 'mixture' in stage:
-            stage.mixture = ((0.0, {'chat' if kind == 'sft' else 'text': 1.0}),)
-        else:
-            stage.update(task=ConfigDict(sums), prompts=4, samples=2, max_tokens=16)
-        parent = kind
+    for name in set(config.stages) - set(STAGES):
+        del config.stages[name]
+    for stage in config.stages.values():
+        stage.update(steps=5, batch_size=8, sequence_length=64, microbatches=1, save_every=2, evaluations=())
+    config.stages.midtrain.sequence_length = 128
+    config.sources.arithmetic_chat.operations = (1, 1)
+    config.stages.sft.update(mixture=((0.0, {'arithmetic_chat': 1.0}),), sequence_length=96)
+    config.stages.grpo.update(prompts=4, samples=2, max_tokens=16, microbatches=2)
+    config.stages.grpo.task = ConfigDict({**config.stages.grpo.task.to_dict(), 'operations': 1})
+    if variant:
+        config.sources = ConfigDict({**config.sources.to_dict(), 'lines': {'type': 'jsonl', 'path': variant}})
+        config.stages.pretrain.mixture = ((0.0, {'lines': 1.0}),)
     return config
 
 

@@ -280,7 +280,7 @@ def test_decoding_from_the_cache_is_the_full_pass(config):
     row_lengths = np.repeat(lengths, samples)
 
     @jax.jit
-    def step(cache, token, index):
+    def step(variables, cache, token, index):
         slot = jnp.arange(slots + more)[None]
         valid = (slot < row_lengths[:, None]) | ((slot >= slots) & (slot < slots + index))
         position = jnp.asarray(row_lengths, jnp.int32)[:, None] + index
@@ -289,7 +289,7 @@ def test_decoding_from_the_cache_is_the_full_pass(config):
 
     decoded = [np.repeat(np.asarray(prefilled['logits'])[np.arange(3), lengths - 1], samples, axis=0)]
     for index in range(more):
-        logits, cache = step(cache, continuations[:, index, None], np.int32(index))
+        logits, cache = step(variables, cache, continuations[:, index, None], np.int32(index))
         decoded.append(np.asarray(logits))
 
     tokens = np.zeros((3 * samples, slots + more), np.int32)

@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from small import model_config, one_device
 
 from data.packing import RowWriter, empty_batch
 from model.config import ModelConfig
 from model.heads import Output
 from model.sharding import make_mesh
 from model.transformer import Model
-from small import model_config, one_device
 from train.objectives import (
     Objective,
     clipped_policy_gradient,

@@ -1,65 +1,80 @@
 """The on-policy stream: rewards, advantages, and batches that do not depend on how answers are packed."""
 
+import copy
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 import pytest
+from small import get_config, model_config, one_device
+from text import small_tokenizer
 
 from data.errors import InputError
 from data.tasks import Prompt, Verdict, get_task
+from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
-from small import get_config, model_config, one_device
-from text import small_tokenizer
 from train.algorithms import group_relative, rejection
 from train.objectives import clipped_policy_gradient, joined, regularizers
-from train.rollout import RolloutStream, format_reward, random_reward, verifier_reward
-from train.sampler import Completion
+from train.rollout import RolloutStream, chat_prompt, format_reward, random_reward, verifier_reward
+from train.sampler import Completion, row_keys, sample_tokens
 from train.step import initial_state, make_step, place
 
-PROMPTS, SAMPLES = 3, 4
+PROMPTS, SAMPLES = 3, 8
+ROWS = PROMPTS * SAMPLES
 
 
 class Scored:
     """A task of which a random model gets something right: the score of an answer is whether it holds an even number of
-    bytes; or, of problems numbered below `easy`, always 1."""
+    bytes; of problems numbered below `hopeless`, none is right."""
 
     name = 'scored'
 
-    def __init__(self, easy: int = 0):
-        self.easy = easy
+    def __init__(self, hopeless: int = 0):
+        self.hopeless = hopeless
 
     def prompt(self, index: int) -> Prompt:
         return Prompt(f'say {index}', '', f'say {index}', {'index': index})
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict:
-        return Verdict(float(prompt.info['index'] < self.easy or len(completion.encode()) % 2 == 0))
+        return Verdict(float(prompt.info['index'] >= self.hopeless and len(completion.encode()) % 2 == 0))
 
 
 @functools.cache
 def model() -> tuple[Model, Variables]:
     made = Model(model_config(num_hidden_layers=1, initializer_range=0.5))
-    variables = made.init(0, one_device())
-    # Half of all answers should end by themselves: the stop token is made likely.
-    end = small_tokenizer().end_id
-    weights = variables['params']['embed_tokens']
-    variables['params']['embed_tokens'] = weights.at[end].set(weights.mean(0) + 0.3)
-    return made, variables
+    return made, made.init(0, one_device())
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Takes for the stop token what the random model is fond of, so that many of its answers end by themselves."""
+    changed = copy.copy(small_tokenizer())
+    changed.end_id = -1
+    prompts = [chat_prompt(Scored().prompt(index), changed) for index in range(2 * PROMPTS)]
+    keys = row_keys(0, range(len(prompts)), SAMPLES)
+    settings: dict[str, Any] = {'samples': SAMPLES, 'temperature': 1.3, 'max_tokens': 12, 'keys': keys}
+    answers = sample_tokens(*model(), changed, prompts, **settings)
+    counts = Counter(token for group in answers for answer in group for token in set(answer.tokens))
+    changed.end_id = counts.most_common(1)[0][0]
+    return changed
 
 
 def stream(task: Any = None, **changes: Any) -> RolloutStream:
     settings = get_config().stages.grpo.to_dict()
-    settings |= {'prompts': PROMPTS, 'samples': SAMPLES, 'batch_size': 12, 'sequence_length': 64, 'max_tokens': 12}
+    settings |= {'prompts': PROMPTS, 'samples': SAMPLES, 'batch_size': ROWS, 'sequence_length': 64, 'max_tokens': 12}
     settings |= {'temperature': 1.3, 'algorithm': 'grpo', 'reward': 'verifier'}
     reference = changes.pop('reference', None)
-    return RolloutStream(model()[0], small_tokenizer(), task or Scored(), {**settings, **changes}, 11, reference)
+    return RolloutStream(model()[0], tokenizer(), task or Scored(), {**settings, **changes}, 11, reference)
 
 
 @functools.cache
-def batch(step: int = 0, easy: int = 0, sequence_length: int = 64, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    made = stream(Scored(easy), sequence_length=sequence_length, **changes)
+def batch(
+    step: int = 0, hopeless: int = 0, sequence_length: int = 64, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    made = stream(Scored(hopeless), sequence_length=sequence_length, **changes)
     return made.next(step, model()[1])
 
 
@@ -101,7 +116,9 @@ def test_rewards_and_their_control_arms() -> None:
     assert [format_reward(task, problem, x, 0) for x in (right, wrong, formless, endless)] == [1.0, 1.0, 0.0, 0.0]
     problems = [task.prompt(index) for index in range(50)]
     coins = [random_reward(task, p, right, number) for p in problems for number in range(8)]
-    assert coins == [random_reward(task, p, endless, number) for p in problems for number in range(8)]  # blind, repeatable
+    assert coins == [
+        random_reward(task, p, endless, number) for p in problems for number in range(8)
+    ]  # blind, repeatable
     assert set(coins) == {0.0, 1.0} and 0.4 < np.mean(coins) < 0.6
     groups = np.array(coins).reshape(50, 8)
     assert (groups.min(1) < groups.max(1)).mean() > 0.9  # a problem's samples are told apart
@@ -112,9 +129,9 @@ def test_answers_are_stamped_and_the_stop_token_is_learnt() -> None:
     learnt = arrays['loss_weight'] > 0
     assert learnt.any() and not arrays['advantage'][~learnt].any() and not arrays['behavior_logprob'][~learnt].any()
     assert (arrays['advantage'][learnt] != 0).all() and (arrays['behavior_logprob'][learnt] < 0).all()
-    end = small_tokenizer().end_id
+    end = tokenizer().end_id
     stopped = 0
-    for row in range(12):
+    for row in range(ROWS):
         segments = arrays['segments'][row]
         for segment in range(1, segments.max() + 1):
             inside = segments == segment
@@ -139,20 +156,20 @@ def test_the_trainer_scores_as_the_sampler_did() -> None:
 
 
 def test_groups_of_equal_reward_are_counted_and_have_no_gradient() -> None:
-    """The first two of three problems are always right; their answers leave no trace in the batch."""
-    arrays, state = batch(easy=2)
-    mixed, _ = batch(easy=0)
+    """Of the first two of three problems no answer is right; these answers leave no trace in the batch."""
+    arrays, state = batch(hopeless=2)
+    mixed, _ = batch(hopeless=0)
     assert state['metrics']['reward/equal_groups'] == pytest.approx(2 / 3)
     prompt = small_tokenizer().encode('say 2')[-1]
-    starts = [arrays['tokens'][row, arrays['segments'][row] == s] for row in range(12) for s in range(1, 9)]
+    starts = [arrays['tokens'][row, arrays['segments'][row] == s] for row in range(ROWS) for s in range(1, 9)]
     starts = [x for x in starts if len(x)]
     assert 0 < len(starts) <= SAMPLES and all(prompt in x for x in starts)
     assert (mixed['segments'] > 0).sum() > (arrays['segments'] > 0).sum()
 
 
 def test_a_batch_of_nothing_but_equal_rewards_changes_nothing() -> None:
-    arrays, state = batch(easy=PROMPTS)
-    assert state['metrics']['reward/equal_groups'] == 1.0 and state['metrics']['reward/mean'] > 0
+    arrays, state = batch(hopeless=PROMPTS)
+    assert state['metrics']['reward/equal_groups'] == 1.0 and state['metrics']['rollout/answer_tokens'] > 0
     assert not arrays['segments'].any()
     before = step_function()[1]
     after, metrics = stepped(arrays)
@@ -166,8 +183,8 @@ def test_loss_does_not_depend_on_how_answers_are_packed() -> None:
     """Rows of 64 hold several answers, the rows of the other batch one each, in another order."""
     packed, _ = batch()
     spread = {name: np.zeros_like(x) if x.ndim else x for name, x in packed.items()}
-    place_in = 11
-    for row in range(12):
+    place_in = ROWS - 1
+    for row in range(ROWS):
         for segment in range(1, packed['segments'][row].max() + 1):
             inside = packed['segments'][row] == segment
             for name, x in packed.items():
@@ -196,7 +213,7 @@ def test_steps_pose_new_problems_and_a_step_repeats_itself() -> None:
     [
         ('reward', 'verifer', "reward is 'verifer'; did you mean 'verifier'"),
         ('algorithm', 'gpro', "algorithm is 'gpro'; did you mean 'grpo'"),
-        ('batch_size', 11, 'batch_size is 11: expected at least prompts'),
+        ('batch_size', ROWS - 1, 'batch_size is 23: expected at least prompts'),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: Any, message: str) -> None:

@@ -2,16 +2,17 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import model_config, one_device
+from text import small_tokenizer
 
 from data.errors import InputError
 from model.transformer import Model, Variables
-from small import model_config, one_device
-from text import small_tokenizer
 from train.sampler import BLOCK, Completion, draw, row_keys, sample_tokens
 
 PROMPTS = ([1, 30, 40], [1, 99, 98, 97, 96, 95, 94], [1, 7], [1, 300, 301, 302, 303])
@@ -29,7 +30,11 @@ def model() -> tuple[Model, Variables]:
 
 
 def answers(
-    prompts: Sequence[Sequence[int]] = PROMPTS, samples: int = 2, temperature: float = 1.0, rows: int = 256, first: int = 0
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    samples: int = 2,
+    temperature: float = 1.0,
+    rows: int = 256,
+    first: int = 0,
 ) -> list[list[Completion]]:
     made, variables = model()
     keys = row_keys(5, range(first, first + len(prompts)), samples)
@@ -93,7 +98,9 @@ def test_a_token_of_probability_zero_is_never_drawn(vocabulary: int) -> None:
     logits[np.arange(len(places)), places] = 1.0
     many = jnp.repeat(jnp.asarray(logits), 500, axis=0)
     tokens, logprobs = jax.jit(draw)(many, jax.random.split(jax.random.key(2), len(many)))
-    np.testing.assert_array_equal(np.asarray(tokens).reshape(len(places), 500), np.repeat(np.array(places)[:, None], 500, 1))
+    np.testing.assert_array_equal(
+        np.asarray(tokens).reshape(len(places), 500), np.repeat(np.array(places)[:, None], 500, 1)
+    )
     assert not np.asarray(logprobs).any()
 
 
@@ -128,20 +135,29 @@ def test_greedy_takes_the_likeliest_token_and_needs_no_key() -> None:
 def test_the_stop_token_ends_an_answer_and_is_kept() -> None:
     """Greedy decoding, with the token that came third taken for the stop token: the same answer, cut after it."""
     made, variables = model()
-    whole = answers(PROMPTS[:1], samples=1, temperature=0.0)[0][0]
-    assert not whole.stopped and len(whole.tokens) == MAX_TOKENS
-    assert len(whole.logprobs) == len(whole.tokens)
-    place = next(i for i, token in enumerate(whole.tokens) if i >= 2 and token not in whole.tokens[:i])
 
     class Stopping:
-        pad_id, end_id = small_tokenizer().pad_id, whole.tokens[place]
+        pad_id = small_tokenizer().pad_id
+
+        def __init__(self, end_id: int):
+            self.end_id = end_id
 
         def decode(self, ids: Sequence[int]) -> str:
             return ' '.join(map(str, ids))
 
-    keys = row_keys(0, [0], 1)
-    settings = {'samples': 1, 'temperature': 0.0, 'max_tokens': MAX_TOKENS, 'keys': keys}
-    ((cut,),) = sample_tokens(made, variables, Stopping(), PROMPTS[:1], **settings)  # type: ignore[arg-type]
+    def answer(end_id: int) -> Completion:
+        settings: dict[str, Any] = {
+            'samples': 1,
+            'temperature': 0.0,
+            'max_tokens': MAX_TOKENS,
+            'keys': row_keys(0, [0], 1),
+        }
+        return sample_tokens(made, variables, Stopping(end_id), PROMPTS[:1], **settings)[0][0]  # type: ignore[arg-type]
+
+    whole = answer(-1)  # no token
+    assert not whole.stopped and len(whole.tokens) == len(whole.logprobs) == MAX_TOKENS
+    place = next(i for i, token in enumerate(whole.tokens) if i >= 2 and token not in whole.tokens[:i])
+    cut = answer(whole.tokens[place])
     assert cut.stopped and cut.tokens == whole.tokens[: place + 1] and len(cut.logprobs) == place + 1
     assert cut.text == ' '.join(map(str, whole.tokens[:place]))  # text has no stop token in it
 
@@ -159,7 +175,9 @@ def test_an_answer_depends_on_neither_its_company_nor_the_rows_at_a_time() -> No
 
 def test_keys_are_distinct_across_prompts_samples_and_steps() -> None:
     steps = [row_keys(7, range(step * 4, (step + 1) * 4), 8) for step in range(5)]
-    keys = np.concatenate([np.asarray(jax.random.key_data(k)).reshape(-1, 2) for k in (*steps, row_keys(8, range(20), 8))])
+    keys = np.concatenate(
+        [np.asarray(jax.random.key_data(k)).reshape(-1, 2) for k in (*steps, row_keys(8, range(20), 8))]
+    )
     assert len(np.unique(keys, axis=0)) == 2 * 5 * 4 * 8
     # A group's samples differ, and so does the same prompt at another step.
     tokens = [tuple(a.tokens) for first in (0, 4) for a in answers(PROMPTS[:1], samples=4, first=first)[0]]

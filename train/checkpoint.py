@@ -97,6 +97,7 @@ class Checkpoints:
             registry.add(name, ocp.args.JsonSave, handlers[name])
             registry.add(name, ocp.args.JsonRestore, handlers[name])
         self._folder = folder.absolute()
+        self._read_only = read_only
         self._manager = ocp.CheckpointManager(self._folder, options=options, handler_registry=registry)
 
     def steps(self) -> list[int]:
@@ -127,9 +128,12 @@ class Checkpoints:
             InputError: arrays of another architecture than `wanted`; a named step that is broken or not there.
         """
         steps = self.steps() if step is None else [step]
+        broken: list[int] = []
         for candidate in reversed(steps):
             try:
-                return self._read(candidate, wanted)
+                restored = self._read(candidate, wanted)
+                self._set_aside(broken)
+                return restored
             except InputError:
                 raise
             except Exception as error:  # whatever a broken file makes Orbax raise
@@ -139,7 +143,18 @@ class Checkpoints:
                         f'{self._folder / str(candidate)}: the checkpoint cannot be read: {line}'
                     ) from error
                 logging.warning('%s is broken (%s): taking the one before it', self._folder / str(candidate), line)
+                broken.append(candidate)
         return None
+
+    def _set_aside(self, broken: list[int]) -> None:
+        """Moves broken checkpoints out of the way of those that will be saved at the same steps."""
+        if not broken or self._read_only:
+            return
+        aside = self._folder.with_name(self._folder.name + '.broken')
+        aside.mkdir(exist_ok=True)
+        for step in broken:
+            (self._folder / str(step)).rename(aside / f'{step}.{len(list(aside.iterdir()))}')
+        self._manager.reload()
 
     def _read(self, step: int, wanted: dict[str, Any]) -> Restored:
         items = {'stream': ocp.args.JsonRestore(), 'metadata': ocp.args.JsonRestore()}

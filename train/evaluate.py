@@ -21,6 +21,7 @@ from data.mixture import as_dict
 from data.sources import open_source
 from data.tasks import get_task, task_names
 from data.tokenizer import Tokenizer
+from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.checkpoint import load
 from train.command import command
@@ -155,7 +156,7 @@ def _evaluate_text(model: Model, variables: Variables, tokenizer: Tokenizer, spe
         return model.apply(variables, tokens, segments=segments).logprob
 
     nats = np.zeros(count)
-    rows = max(1, 4096 // length)
+    rows = -(-max(1, 4096 // length) // batch_ways()) * batch_ways()
     for begin in range(0, len(windows), rows):
         chosen = windows[begin : begin + rows]
         tokens = np.full((rows, length), tokenizer.pad_id, np.int32)

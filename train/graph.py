@@ -81,7 +81,10 @@ class Run:
         self.config, self.workdir, self.command = config, workdir, command
         self.stages: Stages = config['stages']
         self.order = order(self.stages)
-        self.mesh = make_mesh(config['mesh'])
+        try:
+            self.mesh = make_mesh(config['mesh'])
+        except ValueError as error:
+            raise InputError(str(error)) from None
         for name in self.order:
             self.model_config(name)
             for evaluation in self.stages[name]['evaluations']:
@@ -131,6 +134,9 @@ class Run:
         if settings['path']:
             tokenizer = Tokenizer.load(settings['path'])
         else:
+            if settings['source'] not in self.config['sources']:
+                near = did_you_mean(settings['source'], self.config['sources'])
+                raise InputError(f'tokenizer.source: no source {settings["source"]!r}{near}')
             print(f'training a tokenizer of {settings["vocab_size"]} tokens', flush=True)
             source = open_source(self.config['sources'][settings['source']])
             tokenizer = train_tokenizer((source[i]['text'] for i in range(len(source))), settings['vocab_size'])

@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 
 import jax
+from absl import logging
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def prepare() -> None:
-    """Keeps compiled programs on disk, and freed memory in the process.
+    """Keeps compiled programs on disk, freed memory in the process, and libraries quiet but for errors.
 
     XLA:CPU allocates each large intermediate anew. By default glibc maps such blocks one by one and gives them back, so
     that every step faults all its pages in again; kept in one arena they are reused.
     """
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every folder it only reads
     cache = Path(os.environ.get('TORSO_CACHE', Path(__file__).parent.parent / '.cache')) / 'jax'
     jax.config.update('jax_compilation_cache_dir', str(cache))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

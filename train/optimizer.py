@@ -63,26 +63,21 @@ def make_optimizer(config: Mapping[str, Any], steps: int, declared: Any) -> opta
         declared: the parameters as `Declared` weights.
     """
     schedule = learning_rate(config, steps)
-    decays = jax.tree.map(lambda x: x.role != 'vector', declared, is_leaf=is_declared)
     decay = float(config['weight_decay'])
-    if config['name'] == 'adamw':
-        update = optax.adamw(
-            schedule, config['beta1'], config['beta2'], config['epsilon'], weight_decay=decay, mask=decays
-        )
-    elif config['name'] == 'muon':
-        matrices = jax.tree.map(_dimensions, declared, is_leaf=is_declared)
-        update = optax.contrib.muon(
+    decays = jax.tree.map(lambda x: x.role != 'vector', declared, is_leaf=is_declared)
+    update = optax.adamw(schedule, config['beta1'], config['beta2'], config['epsilon'], weight_decay=decay, mask=decays)
+    if config['name'] == 'muon':
+        muon = optax.contrib.muon(
             schedule,
             beta=config['muon_beta'],
             weight_decay=decay,
-            weight_decay_mask=decays,
-            adam_b1=config['beta1'],
-            adam_b2=config['beta2'],
-            adam_weight_decay=decay,
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=jax.tree.map(_dimensions, declared, is_leaf=is_declared),
             consistent_rms=0.2,
         )
-    else:
+        # Not left to optax's Muon: its own AdamW decays every weight, and takes Nesterov's step.
+        names = jax.tree.map(lambda x: 'muon' if x.role == 'matrix' else 'adamw', declared, is_leaf=is_declared)
+        update = optax.partition({'muon': muon, 'adamw': update}, names)
+    elif config['name'] != 'adamw':
         raise InputError(f'optimizer.name is {config["name"]!r}: expected adamw or muon')
     clip = float(config['clip'])
     return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update

@@ -138,7 +138,6 @@ class RolloutStream:
         batch = empty_batch(c['batch_size'], c['sequence_length'], self._tokenizer.pad_id)
         batch['advantage'] = np.zeros_like(batch['loss_weight'])
         batch['behavior_logprob'] = np.zeros_like(batch['loss_weight'])
-        batch['temperature'] = np.asarray(c['temperature'], np.float32)
         used: list[int] = []
         writers: list[RowWriter] = []
         for trajectory, advantage in sorted(trajectories, key=lambda x: -len(x[0].prompt) - len(x[0].tokens)):
@@ -156,6 +155,7 @@ class RolloutStream:
             batch['advantage'][row, answer] = advantage
             batch['behavior_logprob'][row, answer] = trajectory.logprobs
             used[row] += length
+        batch['temperature'] = np.asarray(c['temperature'], np.float32)
         return batch
 
 

@@ -1,0 +1,176 @@
+"""Held-out measurements against direct computations."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from small import model_config, one_device
+from text import small_tokenizer
+
+from data.errors import InputError
+from data.tasks import get_task
+from model.transformer import Model
+from train import evaluate as module
+from train.evaluate import evaluate, interval, pass_at_k
+from train.sampler import Completion
+
+SHORT = 'def add(a, b):\n    return a + b\n'
+TASK = {'name': 'arithmetic', 'operations': 1, 'digits': 1}
+
+
+def test_pass_at_k_is_the_share_of_k_draws_with_a_right_one() -> None:
+    """Every way to take k of the n answers, counted."""
+    n = 6
+    for k in range(1, n + 1):
+        counted = [
+            np.mean([any(i < right for i in taken) for taken in itertools.combinations(range(n), k)])
+            for right in range(n + 1)
+        ]
+        np.testing.assert_allclose(pass_at_k(n, np.arange(n + 1), k), counted, atol=1e-12)
+
+
+def test_interval_covers_the_mean_and_narrows_with_items() -> None:
+    values = (np.random.default_rng(0).random(400) < 0.3).astype(float)
+    low, high = interval(values)
+    assert low < values.mean() < high
+    expected = 1.96 * values.std() / math.sqrt(400)
+    assert high - low == pytest.approx(2 * expected, rel=0.15)
+    assert interval(values) == (low, high)
+    few = interval(values[:40])
+    assert few[1] - few[0] > 2 * (high - low)
+    assert interval(np.ones(10)) == (1.0, 1.0)
+
+
+def test_interval_weighs_items() -> None:
+    """A document a thousand times as long as the others decides."""
+    values, weights = np.array([1.0] + [3.0] * 9), np.array([1000.0] + [1.0] * 9)
+    assert interval(values, weights)[0] < 1.1
+
+
+@pytest.fixture(scope='module')
+def model() -> tuple[Model, Any]:
+    made = Model(model_config(num_hidden_layers=1, initializer_range=0.3))
+    return made, made.init(0, one_device())
+
+
+def measured(model: tuple[Model, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    return evaluate(*model, small_tokenizer(), spec)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """Three documents, of which the last two are longer than a window."""
+    written = [SHORT, SHORT * 4 + 'x = 1\n', 'import json\n' * 20]
+    for number, text in enumerate(written):
+        (tmp_path / f'{number}.txt').write_text(text)
+    return written
+
+
+def nats(model: tuple[Model, Any], text: str, length: int) -> float:
+    """The surprise of a text, every token predicted from its window: half of it is context once the text is longer."""
+    made, variables = model
+    tokenizer = small_tokenizer()
+    ids = [tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]
+    total = 0.0
+    for place in range(1, len(ids)):
+        start = max(0, (place // (length // 2) - 1) * (length // 2))
+        window = ids[start : place + 1]
+        row = np.full((1, length), tokenizer.pad_id, np.int32)
+        row[0, : len(window)] = window
+        logits = np.asarray(_logits(made, variables, row)[0, len(window) - 2], np.float64)
+        total -= logits[ids[place]] - np.log(np.exp(logits).sum())
+    return total
+
+
+_logits = jax.jit(lambda model, variables, row: model.apply(variables, row).logits, static_argnums=0)
+
+
+def test_bits_per_byte_is_the_direct_computation(model: Any, texts: list[str], tmp_path: Path) -> None:
+    source = {'type': 'text', 'path': str(tmp_path / '*.txt')}
+    result = measured(model, {'type': 'text', 'source': source, 'length': 32})
+    expected = sum(nats(model, text, 32) for text in texts) / math.log(2) / sum(len(t.encode()) for t in texts)
+    assert result['value'] == pytest.approx(expected, rel=1e-4)
+    assert result['low'] <= result['value'] <= result['high'] and result['items'] == 3
+    assert result['details'] == {'bytes': sum(len(t.encode()) for t in texts), 'context': 32}
+    # A text that fits into one window has a single full one.
+    alone = measured(model, {'type': 'text', 'source': source, 'length': 32, 'documents': 1})
+    tokenizer = small_tokenizer()
+    ids = np.array([[tokenizer.begin_id, *tokenizer.encode(SHORT), tokenizer.end_id]], np.int32)
+    assert ids.size <= 32
+    logprob = np.asarray(model[0].apply(model[1], ids).logprob, np.float64)
+    assert alone['value'] == pytest.approx(-logprob.sum() / math.log(2) / len(SHORT), rel=1e-4)
+
+
+def test_a_window_that_is_a_token_longer_is_scored_once(model: Any, tmp_path: Path) -> None:
+    """Lengths around the edges of windows: nothing is counted twice or left out."""
+    tokenizer = small_tokenizer()
+    for count in (14, 15, 22, 23, 30, 31):
+        text = '7' * count  # each digit is a token
+        assert len(tokenizer.encode(text)) == count
+        (tmp_path / 'a.txt').write_text(text)
+        spec = {'type': 'text', 'source': {'type': 'text', 'path': str(tmp_path / 'a.txt')}, 'length': 16}
+        expected = nats(model, text, 16) / math.log(2) / count
+        assert measured(model, spec)['value'] == pytest.approx(expected, rel=1e-4), count
+
+
+def test_task_accuracy_counts_what_stopped_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answerer in the sampler's place: of four answers a problem, problem i gets i % 5 right; one never stops."""
+    task = get_task(split='heldout', **TASK)
+
+    def answerer(*given: Any, samples: int, **settings: Any) -> list[list[Completion]]:
+        groups = []
+        for index in range(len(given[3])):
+            reference = task.prompt(index).reference
+            right = Completion(reference, [1, 2], [0.0, 0.0], stopped=True)
+            endless = Completion(reference, [1, 2, 3], [0.0] * 3, stopped=False)
+            groups.append([right] * (index % 5) + [endless] * (4 - index % 5))
+        return groups
+
+    monkeypatch.setattr(module, 'sample_tokens', answerer)
+    spec = {'type': 'task', 'task': TASK, 'items': 10, 'samples': 4, 'temperature': 1.0}
+    result = evaluate(None, {}, small_tokenizer(), spec)  # type: ignore[arg-type]
+    assert result['value'] == pytest.approx(0.5)
+    assert result['details']['pass@1'] == pytest.approx(0.5) and result['details']['pass@4'] == pytest.approx(0.8)
+    assert result['details']['stopped'] == pytest.approx(0.5)
+    assert result['details']['scores'] == [0.0, 0.25, 0.5, 0.75, 1.0] * 2
+    assert result['low'] < 0.5 < result['high'] and len(result['samples']) == 3
+
+
+def test_answers_in_the_chat_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Good is what says something, ends by the stop token and holds no other control token."""
+    tokenizer = small_tokenizer()
+    end, user = tokenizer.end_id, tokenizer.control('<|user|>')
+    kinds = [([50, end], True), ([end], False), ([50, 51], False), ([50, user, end], False)]
+    answers = [[Completion('x', tokens, [0.0] * len(tokens), tokens[-1] == end)] for tokens, _ in kinds]
+    monkeypatch.setattr(module, 'sample_tokens', lambda *given, **settings: answers)
+    line = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / 'chats.jsonl').write_text(line * 4)
+    spec = {'type': 'stopped', 'source': {'type': 'jsonl', 'path': str(tmp_path / 'chats.jsonl')}}
+    result = evaluate(None, {}, tokenizer, spec)  # type: ignore[arg-type]
+    assert result['value'] == np.mean([good for _, good in kinds]) and result['items'] == 4
+
+
+def test_a_task_is_measured_on_its_heldout_split(model: Any) -> None:
+    spec = {'type': 'task', 'task': TASK, 'items': 3, 'max_tokens': 8}
+    result = measured(model, spec)
+    assert result['metric'] == 'accuracy (greedy)' and result['value'] == 0.0 and result['items'] == 3
+    heldout = get_task(split='heldout', **TASK)
+    assert [s['prompt'] for s in result['samples']] == [heldout.prompt(i).text for i in range(3)]
+    assert measured(model, spec) == result
+
+
+@pytest.mark.parametrize(
+    ('spec', 'message'),
+    [
+        ({'type': 'tsk'}, "evaluation type 'tsk'; did you mean 'task'"),
+        ({'type': 'text', 'lenght': 3}, "evaluation text: no field 'lenght'; did you mean 'length'"),
+        ({'type': 'task', 'task': {'name': 'arithmetik'}}, "did you mean 'arithmetic'"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate(None, {}, small_tokenizer(), spec)  # type: ignore[arg-type]

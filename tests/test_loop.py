@@ -1,0 +1,314 @@
+"""The train loop and the graph of stages: new kinds, appended stages, interrupted runs, and learning by heart."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from small import get_config, one_device
+from text import small_tokenizer
+
+from configs.base import add_stage
+from data.errors import InputError
+from data.mixture import as_dict
+from data.packing import Batch, RowWriter, empty_batch, encode_record
+from data.stream import State as StreamState
+from data.tasks import Prompt, Verdict, final_answer
+from train import stages
+from train.checkpoint import read_json
+from train.graph import Run, order
+from train.loop import train
+from train.objectives import next_token
+from train.rollout import RolloutStream
+from train.stages import Context, Kind, register
+from train.step import initial_state
+
+Settings = Callable[[ConfigDict], Any]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs on one of the fake devices (eight of them wait for each other most of the time), with its own kinds."""
+    monkeypatch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+    monkeypatch.setattr(stages, 'KINDS', dict(stages.KINDS))
+
+
+@pytest.fixture(scope='module')
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp('tokenizer')
+    small_tokenizer().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path: Path, tokenizer_path: str) -> Callable[..., Run]:
+    """Makes the run of the small config's named stages, with settings of the test, in one workdir."""
+
+    def make(*names: str, settings: Settings | None = None) -> Run:
+        config = get_config()
+        config.tokenizer.path = tokenizer_path
+        for name in set(config.stages) - set(names):
+            del config.stages[name]
+        # Sums in the place of the standard library, which takes a second to read.
+        config.stages.pretrain.update(mixture=((0.0, {'arithmetic': 1.0}),), sequence_length=32)
+        if settings is not None:
+            settings(config)
+        return Run(as_dict(config.to_dict()), tmp_path / 'work', 'python -m train')
+
+    return make
+
+
+def metrics(folder: Path, name: str = 'metrics.jsonl') -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+def saved(folder: Path) -> dict[str, str]:
+    """The fingerprints of the last checkpoint's params."""
+    steps = [int(p.name) for p in (folder / 'checkpoints').iterdir() if p.name.isdigit()]
+    (file,) = (folder / 'checkpoints' / str(max(steps)) / 'metadata').glob('[a-z]*')
+    return json.loads(file.read_text())['arrays']['params']
+
+
+class Constant:
+    """A stream of one batch, over and over."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+        self.asked: list[int] = []
+
+    def next(self, step: int, variables: Any = None) -> tuple[Batch, StreamState]:
+        self.asked.append(step)
+        return self.batch, {'step': step + 1}
+
+    def restore(self, state: StreamState) -> None:
+        self.asked.append(-state['step'])
+
+
+def rows(records: list[dict[str, Any]], length: int) -> Batch:
+    """A batch with a record a row."""
+    tokenizer = small_tokenizer()
+    batch = empty_batch(len(records), length, tokenizer.pad_id)
+    for row, record in enumerate(records):
+        RowWriter(batch, row).write(*encode_record(record, tokenizer))
+    return batch
+
+
+def test_a_new_kind_is_one_registration_and_an_appended_stage_runs_alone(run: Any, capsys: Any) -> None:
+    """A kind that unlearns: the same terms with the opposite sign, on a stream and with a field of its own."""
+    run('pretrain')()
+    workdir = run('pretrain').workdir
+    before = contents(workdir / 'pretrain')
+
+    def stream(context: Context) -> Constant:
+        assert context.config['word'] == 'spam' and context.sources
+        return Constant(rows([{'text': context.config['word']}] * context.config['batch_size'], 32))
+
+    def objective(settings: Any) -> Any:
+        return dataclasses.replace(next_token(), coefficients={'next_token': -1.0})
+
+    register('unlearn', Kind({'word': 'ham', 'optimizer': {'schedule': 'constant'}}, objective, stream))
+
+    def append(config: ConfigDict) -> None:
+        add_stage(config, 'forget', 'unlearn', parent='pretrain', word='spam', steps=3, batch_size=2)
+
+    capsys.readouterr()
+    run('pretrain', settings=append)()
+    assert 'pretrain: finished before' in capsys.readouterr().out
+    assert contents(workdir / 'pretrain') == before
+    lines = metrics(workdir / 'forget')
+    assert [line['step'] for line in lines] == [1, 2, 3]
+    assert lines[-1]['next_token_loss'] > lines[0]['next_token_loss'] > 0 > lines[0]['loss']
+    assert lines[0]['tokens'] > metrics(workdir / 'pretrain')[-1]['tokens']  # totals go on over the lineage
+    record = read_json(workdir / 'lineage.json')['stages']
+    assert [(s['name'], s['kind'], s['parent'], s['steps']) for s in record] == [
+        ('pretrain', 'pretrain', '', 5),
+        ('forget', 'unlearn', 'pretrain', 3),
+    ]
+    # And a config that has never heard of it leaves it in the record.
+    run('pretrain')()
+    assert {s['name'] for s in read_json(workdir / 'lineage.json')['stages']} == {'pretrain', 'forget'}
+
+
+def test_a_finished_stage_with_other_settings_is_refused_and_nothing_lost(run: Any) -> None:
+    run('pretrain')()
+    folder = run('pretrain').workdir
+    before = contents(folder)
+
+    def changed(field: str, value: Any) -> Settings:
+        return lambda config: config.update_from_flattened_dict({field: value})
+
+    for field, value, shown in (
+        ('stages.pretrain.steps', 6, 'stage.steps = 5, the config now says 6'),
+        ('stages.pretrain.optimizer.beta2', 0.5, 'stage.optimizer.beta2'),
+        ('model.rope_theta', 77.0, 'model.rope_theta'),
+        ('seed', 3, 'seed = 0, the config now says 3'),
+    ):
+        with pytest.raises(InputError, match=shown) as error:
+            run('pretrain', settings=changed(field, value))()
+        assert str(folder / 'pretrain') in str(error.value) and '\n' not in str(error.value)
+    # What does not change the result may change.
+    run('pretrain', settings=changed('stages.pretrain.save_every', 3))()
+    assert {name: x for name, x in contents(folder).items() if name != 'lineage.json'} == {
+        name: x for name, x in before.items() if name != 'lineage.json'
+    }
+
+
+def test_graphs_that_cannot_run_are_refused(run: Any) -> None:
+    def parent(name: str) -> Settings:
+        return lambda config: config.stages.pretrain.update(parent=name)
+
+    with pytest.raises(InputError, match="stages.pretrain needs stage 'midtrian'; did you mean 'midtrain'"):
+        run('pretrain', 'midtrain', settings=parent('midtrian'))
+    with pytest.raises(InputError, match='expected no cycle'):
+        run('pretrain', 'midtrain', settings=parent('midtrain'))
+    with pytest.raises(InputError, match="no stage 'pretran'; did you mean 'pretrain'"):
+        run('pretrain')('pretran')
+    everything = as_dict(get_config().stages.to_dict())
+    assert order(dict(sorted(everything.items()))) == ['pretrain', 'midtrain', 'sft', 'grpo']
+
+
+class Failing(Constant):
+    """A stream that gives a batch of its own for every step, and dies before one of them the first time."""
+
+    died = False
+
+    def next(self, step: int, variables: Any = None) -> tuple[Batch, StreamState]:
+        if step == 5 and not type(self).died:
+            type(self).died = True
+            raise KeyboardInterrupt
+        self.asked.append(step)
+        text = [{'text': f'{step} and {step + row}'} for row in range(2)]
+        return rows(text, 32), {'step': step + 1, 'metrics': {'marker': float(step)}}
+
+
+def test_an_interrupted_stage_goes_on_and_its_metrics_have_every_step_once(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 5, of which step 4 was saved; beside it the same stage without a kill."""
+    made: list[Failing] = []
+
+    def stream(context: Context) -> Failing:
+        made.append(Failing({}))
+        return made[-1]
+
+    register('counting', Kind({}, lambda _: next_token(), stream))
+
+    def settings(config: ConfigDict) -> None:
+        for name in ('killed', 'whole'):
+            add_stage(config, name, 'counting', steps=7, batch_size=2, sequence_length=32, save_every=2)
+        del config.stages['pretrain']
+
+    monkeypatch.setattr(Failing, 'died', False)
+    with pytest.raises(KeyboardInterrupt):
+        run('pretrain', settings=settings)('killed')
+    folder = run('pretrain', settings=settings).workdir / 'killed'
+    assert [line['step'] for line in metrics(folder)] == [1, 2, 3, 4]
+    with (folder / 'metrics.jsonl').open('a') as lines:  # what a later death would leave: step 5, and half a line
+        lines.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    assert not (folder / 'finished.json').exists()
+    run('pretrain', settings=settings)()
+    assert made[1].asked == [-4, 4, 5, 6] and made[2].asked == list(range(7))
+    assert [(line['step'], line['marker']) for line in metrics(folder)] == [(n, n - 1) for n in range(1, 8)]
+    replayed = (folder / 'metrics.replayed.jsonl').read_text()
+    assert replayed == '{"step": 5, "loss": 1.0}\n{"step": 6, "lo\n'
+    whole = folder.with_name('whole')
+    assert saved(folder) == saved(whole)
+    for a, b in zip(metrics(folder), metrics(whole), strict=True):
+        assert {n: x for n, x in a.items() if n != 'tokens_per_second'} == {
+            n: x for n, x in b.items() if n != 'tokens_per_second'
+        }
+    # Once more: everything is finished, nothing runs.
+    run('pretrain', settings=settings)()
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize('kind', ['pretrain', 'midtrain', 'sft'])
+def test_one_batch_is_learnt_by_heart(kind: str, run: Any) -> None:
+    """With the stage's own stream, objective and optimizer."""
+
+    def settings(config: ConfigDict) -> None:
+        for stage in config.stages.values():
+            stage.update(steps=100, save_every=1000, batch_size=2, mixture=((0.0, {'arithmetic': 1.0}),))
+            stage.optimizer.learning_rate = 0.02
+        config.stages.sft.mixture = ((0.0, {'arithmetic_chat': 1.0}),)
+
+    made = run('pretrain', 'midtrain', 'sft', settings=settings)
+    plan, state = made.begin(kind, fresh=True)
+    batch, _ = plan.stream.next(0)
+    plan.stream.close()
+    (made.workdir / kind).mkdir()
+    train(dataclasses.replace(plan, stream=Constant(batch)), state)
+    lines = metrics(made.workdir / kind)
+    assert lines[0]['loss'] > 4.0
+    assert lines[-1]['next_token_loss'] < 0.05
+    assert lines[-1]['loss'] < 0.06  # with the regularizers
+
+
+class OneProblem:
+    """The same question always; one of the four answers that a model was taught is right."""
+
+    name = 'one'
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt('Which of the four?', 'Answer: 3', 'one', {})
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict:
+        return Verdict(float(final_answer(completion) == '3'))
+
+
+def test_grpo_takes_the_reward_on_one_prompt_to_one(run: Any) -> None:
+    def settings(config: ConfigDict) -> None:
+        config.stages.sft.update(steps=40, save_every=1000, batch_size=4)
+        config.stages.sft.optimizer.learning_rate = 0.02
+        config.stages.grpo.update(steps=30, save_every=1000, prompts=1, samples=16, batch_size=16, microbatches=1)
+        config.stages.grpo.optimizer.learning_rate = 0.005
+
+    made = run('pretrain', 'midtrain', 'sft', 'grpo', settings=settings)
+    problem = OneProblem().prompt(0)
+    chats = [
+        {'messages': [{'role': 'user', 'content': problem.text}, {'role': 'assistant', 'content': f'Answer: {n}'}]}
+        for n in range(1, 5)
+    ]
+    plan, state = made.begin('sft', fresh=True)
+    for name in ('sft', 'grpo'):
+        (made.workdir / name).mkdir()
+    state, _ = train(dataclasses.replace(plan, stream=Constant(rows(chats, 96))), state)
+
+    plan, _ = made.begin('grpo', fresh=True)
+    stage = made.stages['grpo']
+    stream = RolloutStream(plan.model, small_tokenizer(), OneProblem(), stage, seed=0)  # type: ignore[arg-type]
+    with jax.set_mesh(plan.mesh):
+        state = initial_state({name: state[name] for name in ('params', 'balance')}, plan.optimizer)
+    train(dataclasses.replace(plan, stream=stream), state)
+    rewards = [line['reward/mean'] for line in metrics(made.workdir / 'grpo')]
+    assert 0.0 < np.mean(rewards[:2]) < 0.7
+    assert np.mean(rewards[-5:]) > 0.97
+
+
+def test_a_stage_hands_over_what_it_should(run: Any) -> None:
+    """Params and balance go on, the step starts again; with `keep_optimizer` its state goes on as well."""
+    run('pretrain')()
+    for keep in (False, True):
+
+        def settings(config: ConfigDict, keep: bool = keep) -> None:
+            config.stages.midtrain.update(keep_optimizer=keep, model=ConfigDict({}))
+
+        made = run('pretrain', 'midtrain', settings=settings)
+        plan, state = made.begin('midtrain')
+        assert int(state['step']) == 0 and plan.tokens == metrics(made.workdir / 'pretrain')[-1]['tokens']
+        parent = made.begin('pretrain')[1]
+        arrays, _ = made._restore('pretrain', None, {n: parent[n] for n in ('params', 'balance', 'optimizer')})
+        for name in ('params', 'balance', 'optimizer') if keep else ('params', 'balance'):
+            for a, b in zip(jax.tree.leaves(state[name]), jax.tree.leaves(arrays[name]), strict=True):
+                np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+        momentum = max(float(abs(x).max()) for x in jax.tree.leaves(state['optimizer']) if x.ndim)
+        assert (momentum > 0) == keep
