@@ -50,7 +50,6 @@ def get_config(variant: str = '') -> ConfigDict:
     config.sources.update(
         stdlib={'type': 'stdlib'},
         instructions={'type': 'stdlib_instructions'},
-        near={'type': 'task', **NEAR, 'questions': 3},
         far={'type': 'task', **FAR, 'pairs': (12, 54), 'questions': 8},
         arithmetic={'type': 'task', **EASY},
         story={'type': 'task', **STORY},
@@ -70,10 +69,12 @@ def get_config(variant: str = '') -> ConfigDict:
         hard_half={**chat, 'task': HARD, 'samples': 4, 'temperature': 0.5},
         hard_greedy={**chat, 'task': HARD},
     )
-    base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph', 'needle_256', 'needle_1024')
+    base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph')
+    if variant == 'study':
+        base_evaluations += ('needle_256', 'needle_1024')
     judged = ('hard', 'hard_half', 'hard_greedy')
-    general = {'stdlib': 0.9, 'near': 0.1}
-    better = {'stdlib': 0.4, 'arithmetic': 0.2, 'story': 0.2, 'far': 0.2}
+    general = {'stdlib': 1.0}
+    better = {'stdlib': 0.35, 'arithmetic': 0.35, 'story': 0.2, 'far': 0.1}
 
     add_stage(
         config,
@@ -89,10 +90,10 @@ def get_config(variant: str = '') -> ConfigDict:
     )
     midtrain: dict[str, Any] = {
         'parent': 'pretrain',
-        'steps': 110,
-        'save_every': 50,
+        'steps': 160,
+        'save_every': 40,
         'evaluations': base_evaluations,
-        'optimizer': {'learning_rate': 0.01},
+        'optimizer': {'learning_rate': 0.015},
     }
     longer = {'batch_size': 4, 'sequence_length': LONG, 'model': {'rope_theta': 100000.0}}
     add_stage(config, 'midtrain', 'midtrain', mixture=((0.0, better),), **midtrain, **longer)
@@ -101,7 +102,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'steps': 60,
         'batch_size': 16,
         'sequence_length': SHORT,
-        'mixture': ((0.0, {'instructions': 0.35, 'arithmetic_chat': 0.4, 'story_chat': 0.25}),),
+        'mixture': ((0.0, {'instructions': 0.35, 'arithmetic_chat': 0.5, 'story_chat': 0.15}),),
         'save_every': 50,
         'evaluations': ('chat_format', *judged),
         'optimizer': {'learning_rate': 0.005},

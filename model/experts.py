@@ -51,7 +51,8 @@ def routing_statistics(scores: jax.Array, ids: jax.Array, segments: jax.Array, c
     Returns:
         load: float32 [E], assignments over the global microbatch.
         entropy: sum over tokens of the entropy of the normalised scores, in nats.
-        sequence_balance: sum over segments of sum_i f_i P_i (DeepSeek-V3, equations 17 to 20).
+        sequence_balance: sum over segments of sum_i f_i P_i (DeepSeek-V3, equations 17 to 20, f from the experts really
+            chosen, where equation 18 takes the best of the unbiased scores).
         batch_balance: the same with f and P taken over all tokens of the microbatch (Fedus et al. 2022, eq. 4).
     """
     experts, k = config.n_routed_experts, config.num_experts_per_tok

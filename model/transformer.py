@@ -118,7 +118,10 @@ class Transformer(Module):
             stream, state, more = module(stream, embedded, positions, segments)
             ahead.append(state)
             if c.is_moe:
-                statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), statistics, more)
+                layer = {key: x[None] for key, x in more.items()}  # the trunk may have no expert layer of its own
+                statistics = {
+                    key: jnp.concatenate([statistics[key], x]) if statistics else x for key, x in layer.items()
+                }
         return Output(
             hidden, tuple(ahead), head.astype(c.dtype), tokens, segments, temperature, statistics, joined, c.head_chunk
         )
@@ -199,7 +202,9 @@ class Model:
             one = jnp.ones((), jnp.float32)
             return Transformer(self.config).init(jax.random.key(0), token, token, token, one, None, None, True)
 
-        shapes = jax.eval_shape(init)
+        # Outside any mesh: the one token above does not divide among devices.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            shapes = jax.eval_shape(init)
         return {'params': shapes['params'], 'balance': shapes.get('balance', {})}
 
     def shapes(self, mesh: jax.sharding.Mesh) -> Variables:
@@ -283,6 +288,13 @@ def is_declared(x: Any) -> bool:
     return isinstance(x, Declared)
 
 
+@functools.lru_cache
+def _normal_maker(shape: tuple[int, ...], sharding: Any) -> Any:
+    """Compiled once for all weights of one shape and sharding."""
+    return jax.jit(
+        lambda key, deviation: deviation * jax.random.normal(key, shape, jnp.float32), out_shardings=sharding
+    )
+
+
 def _normal(key: jax.Array, shape: tuple[int, ...], deviation: float, sharding: Any) -> jax.Array:
-    make = jax.jit(lambda key: deviation * jax.random.normal(key, shape, jnp.float32), out_shardings=sharding)
-    return make(key)
+    return _normal_maker(shape, sharding)(key, deviation)

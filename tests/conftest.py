@@ -24,13 +24,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def root() -> Path:
     """The repository."""
     return ROOT
 
 
-@pytest.fixture
+@pytest.fixture(scope='session')
 def one_device() -> dict[str, str]:
     """An environment for commands started by a test, without the eight fake devices of the tests themselves."""
     flags = os.environ['XLA_FLAGS'].replace(FAKE_DEVICES, '').strip()

@@ -1,10 +1,12 @@
 """Routing, balancing and the grouped matmul against the NumPy reference and dense sums."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,8 @@ from model.experts import (
 from model.transformer import Model
 from tests import reference
 from tests.tiny import packed, randomized, tiny
+from train.objectives import Objective
+from train.step import initial_state, make_step
 
 
 def same_choice(ids, weights, expected_ids, expected_weights):
@@ -220,6 +224,35 @@ def test_each_layer_gets_its_own_loads():
         *(updated[f'multi_token_{k}']['block']['mlp']['bias'] for k in (1, 2)),
     ]
     np.testing.assert_array_equal(rows, np.ones((4, 8)) - 2 * np.eye(4, 8))
+
+
+def test_max_violation_is_of_the_whole_batch_and_ignores_padding():
+    """Each microbatch is lopsided, the batch is not; a stand-in for the model sends token i to expert i of four."""
+
+    class Routing:
+        def apply(self, variables, tokens, positions, segments, temperature, multi_token):
+            load = (jax.nn.one_hot(tokens, 4) * (segments > 0)[..., None]).sum((0, 1))
+            statistics = {'load': load[None], 'entropy': jnp.sum(0.5 * (segments > 0))[None]}
+            return types.SimpleNamespace(statistics=statistics, loss=variables['params'])
+
+        def updated_balance(self, balance, load):
+            return balance + load
+
+    one = jnp.ones(())
+    objective = Objective(lambda batch: {'x': one}, lambda output, batch: ({'x': output.loss}, {}), {'x': 1.0})
+    optimizer = optax.sgd(0.1)
+    step = jax.jit(make_step(Routing(), objective, optimizer))
+    state = initial_state({'params': one, 'balance': jnp.zeros((1, 4))}, optimizer)
+
+    def run(tokens, segments):
+        tokens, segments = np.array(tokens, np.int32), np.array(segments, np.int32)
+        after, metrics = step(state, {'tokens': tokens, 'positions': 0 * tokens, 'segments': segments})
+        return after['balance'].tolist(), float(metrics['experts/max_violation'])
+
+    real, cut = [[[1, 1, 1, 1]], [[1, 1, 1, 1]]], [[[1, 1, 1, 1]], [[1, 1, 0, 0]]]
+    assert run([[[0, 0, 1, 1]], [[2, 2, 3, 3]]], real) == ([[2, 2, 2, 2]], 0)
+    assert run([[[0, 0, 1, 1]], [[2, 2, 3, 3]]], cut) == ([[2, 2, 2, 0]], pytest.approx(2 / 1.5 - 1))
+    assert run([[[0, 0, 0, 0]], [[0, 0, 3, 3]]], cut) == ([[6, 0, 0, 0]], 3)
 
 
 # Dispatch and the grouped matmul.

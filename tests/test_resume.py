@@ -27,6 +27,7 @@ def start(root: Path, environment: dict[str, str], workdir: Path, stage: str) ->
         f'--config.tokenizer.path={workdir.parent / "tokenizer"}',
         *(f'--config.stages.{name}.steps={STEPS}' for name in STAGES),
         *(f'--config.stages.{name}.save_every=7' for name in STAGES),
+        '--config.stages.grpo.reward=random',  # a model that knows nothing would earn nothing, and learn nothing
     ]
     with (workdir.parent / f'{workdir.name}.log').open('ab') as log:
         return subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)

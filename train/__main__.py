@@ -37,14 +37,21 @@ def parse(arguments: list[str], required: Sequence[str] = ('config', 'workdir'))
             if not flags.FLAGS[flag].value:
                 example = ' '.join(f'--{name}={EXAMPLES[name]}' for name in required)
                 raise InputError(f'--{flag} is missing: try {example}')
+        path = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
+        if not Path(path).is_file():
+            raise InputError(f'--config={path}: no such file; expected a config such as {EXAMPLES["config"]}')
+        config = _CONFIG.value.to_dict()  # where a file that cannot be loaded shows
     except InputError:
         raise
     except Exception as error:  # absl and ml_collections raise a dozen kinds, the config file any
-        line = ' '.join(str(error).strip('"\'').replace('\\n', ' ').split())
+        text = str(error).strip('"\'').replace('\\n', '\n')
+        if 'Traceback' in text:  # of the config file: its last line says what was wrong
+            text = text.strip().splitlines()[-1]
+        line = ' '.join(text.split())
         raise InputError(line or type(error).__name__) from None
     if len(rest) > 1:
         raise InputError(f'{rest[1]!r} is no flag: expected --NAME=VALUE')
-    return as_dict(_CONFIG.value.to_dict())
+    return as_dict(config)
 
 
 @command('train', interrupted='the same command goes on from the last checkpoint')

@@ -15,6 +15,7 @@ import jax
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.sources import open_source
+from data.stream import Prefetch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
@@ -129,9 +130,10 @@ class Run:
         """The run's tokenizer: the one kept in the workdir, a given one, or one trained on the training split."""
         folder = self.workdir / 'tokenizer'
         settings = as_dict(self.config['tokenizer'])
-        if folder.is_dir():
-            return Tokenizer.load(folder)
-        if settings['path']:
+        kept = folder.is_dir()
+        if kept:
+            tokenizer = Tokenizer.load(folder)
+        elif settings['path']:
             tokenizer = Tokenizer.load(settings['path'])
         else:
             if settings['source'] not in self.config['sources']:
@@ -143,8 +145,10 @@ class Run:
         if tokenizer.vocab_size > settings['vocab_size']:
             raise InputError(
                 f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
-                f'the size of {settings["path"]}'
+                f'the size of {folder if kept else settings["path"]}'
             )
+        if kept:
+            return tokenizer
         self.workdir.mkdir(parents=True, exist_ok=True)
         temporary = folder.with_name('tokenizer.tmp')
         tokenizer.save(temporary)
@@ -204,6 +208,8 @@ class Run:
 
         plan, state = self.begin(name)
         state, spent = train(plan, state)
+        if isinstance(plan.stream, Prefetch):
+            plan.stream.close()
         variables = {'params': state['params'], 'balance': state['balance']}
         results = self._evaluate(name, plan.model, variables)
         write_json(

@@ -96,7 +96,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     with (
         jax.set_mesh(plan.mesh),
         (plan.folder / 'metrics.jsonl').open('a') as lines,
-        Progress(plan.steps, plan.name) as progress,
+        Progress(plan.steps, plan.name, initial=first) as progress,
     ):
 
         def report(line: dict[str, Any], device: dict[str, jax.Array], tokens: int, started: float) -> None:
