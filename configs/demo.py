@@ -69,7 +69,7 @@ def get_config(variant: str = '') -> ConfigDict:
         hard_half={**chat, 'task': HARD, 'samples': 4, 'temperature': 0.5},
         hard_greedy={**chat, 'task': HARD},
     )
-    base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph')
+    base_evaluations: tuple[str, ...] = ('bits_per_byte', 'arithmetic', 'wordgraph')
     if variant == 'study':
         base_evaluations += ('needle_256', 'needle_1024')
     judged = ('hard', 'hard_half', 'hard_greedy')
