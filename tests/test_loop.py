@@ -247,9 +247,11 @@ def test_one_batch_is_learnt_by_heart(kind: str, run: Any) -> None:
 
     def settings(config: ConfigDict) -> None:
         for stage in config.stages.values():
-            stage.update(steps=200, save_every=1000, batch_size=2, mixture=((0.0, {'arithmetic': 1.0}),))
+            stage.update(steps=130, save_every=1000, batch_size=2, mixture=((0.0, {'arithmetic': 1.0}),))
             stage.optimizer.learning_rate = 0.02
         config.stages.sft.mixture = ((0.0, {'arithmetic_chat': 1.0}),)
+        # In longer rows, documents that begin alike and go on differently leave something that cannot be learnt.
+        config.stages.midtrain.sequence_length = 32
 
     made = run('pretrain', 'midtrain', 'sft', settings=settings)
     plan, state = made.begin(kind, fresh=True)
