@@ -19,7 +19,7 @@ from data.chat import render_chat
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.sources import open_source
-from data.tasks import get_task, task_names
+from data.tasks import Task, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
@@ -72,22 +72,43 @@ def evaluate(
     Returns metric, value, low, high, items, unit, direction ('higher' or 'lower' is better) and details.
 
     Raises:
-        InputError: an unknown type or field.
+        InputError: see `checked`.
+    """
+    spec = checked(evaluation)
+    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped}[spec['type']]
+    return run(model, variables, tokenizer, spec, seed)
+
+
+def checked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation with all its fields.
+
+    Raises:
+        InputError: an unknown type, field or task; a source that cannot be opened.
     """
     spec = as_dict(evaluation)
-    kind = spec.pop('type', None)
+    kind = spec.get('type')
     if kind not in DEFAULTS:
         raise InputError(f'evaluation type {kind!r}{did_you_mean(str(kind), DEFAULTS)}')
+    known = {'type': kind, **DEFAULTS[kind]}
     for name in spec:
-        if name not in DEFAULTS[kind]:
-            raise InputError(f'evaluation {kind}: no field {name!r}{did_you_mean(name, DEFAULTS[kind])}')
-    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped}[kind]
-    return run(model, variables, tokenizer, {**DEFAULTS[kind], **spec}, seed)
+        if name not in known:
+            raise InputError(f'evaluation {kind}: no field {name!r}{did_you_mean(name, known)}')
+    spec = {**known, **spec}
+    if kind == 'task':
+        _heldout(spec)
+    else:
+        open_source(spec['source'])
+    return spec
+
+
+def _heldout(spec: dict[str, Any]) -> Task:
+    """The held-out split of an evaluation's task."""
+    options = as_dict(spec['task'])
+    return get_task(options.pop('name', ''), split='heldout', **options)
 
 
 def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
-    options = as_dict(spec['task'])
-    task = get_task(options.pop('name', ''), split='heldout', **options)
+    task = _heldout(spec)
     prompts = [task.prompt(index) for index in range(spec['items'])]
     if spec['format'] == 'chat':
         tokens = [chat_prompt(prompt, tokenizer) for prompt in prompts]

@@ -21,7 +21,7 @@ from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
 from train.checkpoint import Checkpoints, read_json, split_address, write_json
-from train.evaluate import evaluate
+from train.evaluate import checked, evaluate
 from train.loop import Plan, train
 from train.objectives import joined, regularizers
 from train.optimizer import learning_rate, make_optimizer
@@ -97,18 +97,35 @@ class Run:
     def __call__(self, last: str = '') -> None:
         """Runs every stage that is not finished, or those that stage `last` needs and itself."""
         names = needed_for(self.stages, last) if last else self.order
+        finished = {name: self._finished(name) for name in names}
         for name in names:
-            if self._finished(name):
+            if not finished[name]:
+                self._check(name)
+        for name in names:
+            if finished[name]:
                 print(f'{name}: finished before')
-                continue
-            try:
+            else:
                 self._run(name)
-            except ValueError as error:  # a config that contradicts itself shows up as ValueError further down
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(f'stages.{name}: {error}') from error
-            self.write_lineage()
+                self.write_lineage()
         self.write_lineage()
+
+    def _check(self, name: str) -> None:
+        """Raises InputError for what is wrong with a stage: before the first stage runs, not when its turn comes."""
+        stage, model = self.stages[name], Model(self.model_config(name))
+        try:
+            for evaluation in stage['evaluations']:
+                checked(self.config['evaluations'][evaluation])
+            make_optimizer(stage['optimizer'], stage['steps'], model.declared['params'])
+            # Other models are not there yet; streams only look at which of them will be.
+            named: dict[str, Variables] = {role: {} for role, address in stage['models'].items() if address}
+            get_kind(stage['kind']).stream(self._context(name, model, named))
+        except ValueError as error:
+            text = str(error)
+            raise InputError(text if text.startswith('stages.') else f'stages.{name}: {text}') from error
+
+    def _context(self, name: str, model: Model, models: Mapping[str, Variables]) -> Context:
+        stage, sources = self.stages[name], self.config['sources']
+        return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models)
 
     def model_config(self, name: str) -> ModelConfig:
         """The model as a stage sees it: the run's, with what its ancestors and it itself change."""
@@ -241,7 +258,6 @@ class Run:
         with jax.set_mesh(self.mesh):
             state, start = self._start(name, model, optimizer, fresh)
             models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}
-        context = Context(name, stage, self.config['sources'], model, self.tokenizer, self._seed(name), models)
         extra = regularizers(stage['loss'], model.config.num_nextn_predict_layers, model.config.is_moe)
         plan = Plan(
             name=name,
@@ -249,7 +265,7 @@ class Run:
             model=model,
             objective=joined(kind.objective(stage), extra),
             optimizer=optimizer,
-            stream=kind.stream(context),
+            stream=kind.stream(self._context(name, model, models)),
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
             steps=stage['steps'],
             microbatches=stage['microbatches'],
