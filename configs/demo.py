@@ -18,8 +18,6 @@ SHORT, LONG = 256, 1024  # context of pre-training, and four times that after mi
 EASY: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 2), 'digits': 1, 'max_value': 20}
 HARD: dict[str, Any] = {'name': 'arithmetic', 'operations': 3, 'digits': 1, 'max_value': 20}
 STORY: dict[str, Any] = {'name': 'wordgraph', 'operations': (1, 2), 'max_value': 20}
-NEAR: dict[str, Any] = {'name': 'needle', 'pairs': (4, 12)}
-FAR: dict[str, Any] = {'name': 'needle', 'pairs': (48, 54)}
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -61,16 +59,12 @@ def get_config(variant: str = '') -> ConfigDict:
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
         arithmetic={**text, 'task': EASY},
         wordgraph={**text, 'task': STORY},
-        needle_256={**text, 'task': {**NEAR, 'pairs': 12}},
-        needle_1024={**text, 'task': FAR, 'items': 64},
         chat_format={'type': 'stopped', 'source': {'type': 'stdlib_instructions', 'split': 'heldout'}},
         hard={**chat, 'task': HARD, 'samples': 4, 'temperature': 1.0},
         hard_half={**chat, 'task': HARD, 'samples': 4, 'temperature': 0.5},
         hard_greedy={**chat, 'task': HARD},
     )
-    base_evaluations: tuple[str, ...] = ('bits_per_byte', 'arithmetic', 'wordgraph')
-    if variant == 'study':
-        base_evaluations += ('needle_256', 'needle_1024')
+    base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph')
     judged = ('hard', 'hard_half', 'hard_greedy')
     general = {'stdlib': 1.0}
     better = {'stdlib': 0.35, 'arithmetic': 0.5, 'story': 0.15}
@@ -122,10 +116,8 @@ def get_config(variant: str = '') -> ConfigDict:
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
     if variant == 'study':
-        # What would the same steps have bought on the pre-training mixture alone, or at the short length?
+        # What would the same steps have bought on the pre-training mixture alone?
         add_stage(config, 'midtrain_control', 'midtrain', mixture=((0.0, general),), **midtrain, **longer)
-        short = {'batch_size': 16, 'sequence_length': SHORT}
-        add_stage(config, 'midtrain_short', 'midtrain', mixture=((0.0, better),), **midtrain, **short)
         for seed in (1, 2):
             add_stage(config, f'sft_{seed}', 'sft', seed=seed, **sft)
             add_stage(config, f'grpo_{seed}', 'grpo', seed=seed, parent=f'sft_{seed}', **grpo)
