@@ -102,10 +102,11 @@ def make_step(
         balance = state['balance']
         if aux['experts']:
             load = aux['experts']['load']
-            mean = jnp.maximum(load.mean(-1), 1e-9)
+            mean = load.mean(-1)
+            excess = jnp.where(mean > 0, load.max(-1) / jnp.maximum(mean, 1e-9) - 1, 0.0)
             balance = model.updated_balance(balance, load)
             # MaxVio: how far the fullest expert is above the mean (Wang et al. 2024, equation 4), worst layer.
-            metrics['experts/max_violation'] = jnp.max(load.max(-1) / mean - 1)
+            metrics['experts/max_violation'] = jnp.max(excess)
             metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
         return {
             'params': optax.apply_updates(state['params'], updates),
