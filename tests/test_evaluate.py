@@ -1,6 +1,7 @@
 """Held-out measurements against direct computations."""
 
 import itertools
+import lzma
 import math
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def test_bits_per_byte_is_the_direct_computation(model: Any, texts: list[str], t
     expected = sum(nats(model, text, 32) for text in texts) / math.log(2) / sum(len(t.encode()) for t in texts)
     assert result['value'] == pytest.approx(expected, rel=1e-4)
     assert result['low'] <= result['value'] <= result['high'] and result['items'] == 3
-    assert result['details'] == {'bytes': sum(len(t.encode()) for t in texts), 'context': 32}
+    together = b''.join((tmp_path / name).read_bytes() for name in sorted(x.name for x in tmp_path.glob('*.txt')))
+    xz = 8 * len(lzma.compress(together, preset=9)) / len(together)
+    assert result['details'] == {'bytes': len(together), 'context': 32, 'xz_bits_per_byte': pytest.approx(xz)}
     # A text that fits into one window has a single full one.
     alone = measured(model, {'type': 'text', 'source': source, 'length': 32, 'documents': 1})
     tokenizer = small_tokenizer()

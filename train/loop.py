@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -94,6 +95,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     cpu_before = 0.0
     writer = SummaryWriter(str(plan.folder), flush_secs=30)
     with (
+        contextlib.closing(checkpoints),  # an interrupted run still finishes the save it has begun
+        contextlib.closing(writer),
         jax.set_mesh(plan.mesh),
         (plan.folder / 'metrics.jsonl').open('a') as lines,
         Progress(plan.steps, plan.name, initial=first) as progress,
@@ -151,8 +154,6 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 pending = None
                 totals = {'tokens': spent.tokens, 'flops': spent.flops}
                 checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
-    checkpoints.close()
-    writer.close()
     return state, spent
 
 
