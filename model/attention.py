@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from model.layers import Module, rotate, softmax_scale
 from model.sharding import constrain
 
-QUERY_CHUNK = 256  # queries whose logits exist at one time
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 Entries = dict[str, jax.Array]  # what one layer adds to the cache for the tokens it has just seen
@@ -19,7 +18,8 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     """Causal attention within segments.
 
     Queries are taken in chunks, each against the keys up to its own end, so that much of the masked upper half of the
-    logits is never computed; a long row's chunks are recomputed in the backward pass: memory grows linearly in length.
+    logits is never computed. The backward pass has the outputs and the log of each softmax's sum to go by and computes
+    the weights again (Dao et al. 2022, section 3.1): memory grows linearly in length.
 
     Args:
         query: [B, T, H, D]; key: [B, T, G, D]; value: [B, T, G, V]; G divides H, H / G query heads share a key head.
@@ -30,29 +30,84 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
         [B, T, H, V] in the dtype of `value`; the softmax is in float32.
     """
     batch, length, heads, width = query.shape
-    groups = key.shape[2]
-    query = (query * scale).reshape(batch, length, groups, heads // groups, width)
-    # A column of ones beside the values makes the matmul that mixes them also sum the weights: the quadratic array is
-    # neither summed nor divided by itself.
-    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+    grouped = (query * scale).reshape(batch, length, key.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
-    def chunk(q: jax.Array, k: jax.Array, v: jax.Array, s_q: jax.Array, s_k: jax.Array) -> jax.Array:
-        logits = jnp.einsum('btgnd,bsgd->bgnts', q, k, preferred_element_type=jnp.float32)
-        # The queries are the last ones of the keys seen.
-        causal = jnp.arange(k.shape[1])[None, :] <= jnp.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
-        mask = causal[None] & (s_q[:, :, None] == s_k[:, None, :])
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
-        largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-        weights = jnp.exp(logits - largest).astype(v.dtype)
-        mixed = jnp.einsum('bgnts,bsgv->btgnv', weights, v, preferred_element_type=jnp.float32)
-        return (mixed[..., :-1] / mixed[..., -1:]).astype(v.dtype)
 
-    pieces = []
-    for start in range(0, length, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, length)
-        run = jax.checkpoint(chunk) if length > 512 else chunk
-        pieces.append(run(query[:, start:end], key[:, :end], value[:, :end], segments[:, start:end], segments[:, :end]))
-    return jnp.concatenate(pieces, axis=1).reshape(batch, length, heads, -1)
+# Heads stand before tokens below, so that no quadratic array needs transposing: query [B, G, N, T, D], where N query
+# heads share each of G key heads; key [B, G, T, D]; value [B, G, T, V].
+
+
+def _chunks(length: int) -> list[tuple[int, int]]:
+    size = 128 if length <= 512 else 256  # smaller ones skip more of the masked half, larger ones are fewer
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _logits(query: jax.Array, key: jax.Array, segments: jax.Array, start: int, end: int) -> jax.Array:
+    """Masked logits of queries `start` to `end` against the keys before `end`: [B, G, N * (end - start), end]."""
+    shared = query.shape[2]
+    logits = _product('bgtd,bgsd->bgts', _rows(query, start, end), key[:, :, :end])
+    causal = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
+    mask = causal[None] & (segments[:, start:end, None] == segments[:, None, :end])
+    return jnp.where(jnp.tile(mask, (1, shared, 1))[:, None], logits, MASKED)
+
+
+def _rows(x: jax.Array, start: int, end: int) -> jax.Array:
+    """Tokens `start` to `end` of the query heads that share a key head, one below the other: [B, G, N * tokens, D]."""
+    return x[:, :, :, start:end].reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _joined(pieces: list[jax.Array], shared: int) -> jax.Array:
+    """What `_rows` took apart."""
+    return jnp.concatenate([x.reshape(*x.shape[:2], shared, -1, x.shape[-1]) for x in pieces], axis=3)
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    return _attend_forward(query, key, value, segments)[0]
+
+
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    mixed, logsums = [], []
+    for start, end in _chunks(query.shape[3]):
+        logits = _logits(query, key, segments, start, end)
+        largest = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - largest)
+        total = weights.sum(-1, keepdims=True)
+        out = _product('bgts,bgsv->bgtv', weights.astype(value.dtype), value[:, :, :end])
+        mixed.append((out / total).astype(value.dtype))
+        logsums.append(largest + jnp.log(total))
+    output = _joined(mixed, query.shape[2])
+    return output, (query, key, value, segments, output, _joined(logsums, query.shape[2]))
+
+
+def _attend_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    query, key, value, segments, output, logsums = saved
+    through = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1, keepdims=True)
+    d_query = []
+    # Transposed, [B, G, D, T]: so the quadratic arrays enter their products as they lie.
+    d_key = jnp.zeros(key.swapaxes(2, 3).shape, jnp.float32)
+    d_value = jnp.zeros(value.swapaxes(2, 3).shape, jnp.float32)
+    for start, end in _chunks(query.shape[3]):
+        weights = jnp.exp(_logits(query, key, segments, start, end) - _rows(logsums, start, end))
+        d_mixed = _rows(gradient, start, end)
+        d_weights = _product('bgtv,bgsv->bgts', d_mixed, value[:, :, :end])
+        d_logits = (weights * (d_weights - _rows(through, start, end))).astype(key.dtype)
+        d_query.append(_product('bgts,bgsd->bgtd', d_logits, key[:, :, :end]).astype(query.dtype))
+        d_key = d_key.at[..., :end].add(_product('bgtd,bgts->bgds', _rows(query, start, end), d_logits))
+        d_value = d_value.at[..., :end].add(_product('bgtv,bgts->bgvs', d_mixed, weights.astype(value.dtype)))
+    d_key, d_value = d_key.swapaxes(2, 3).astype(key.dtype), d_value.swapaxes(2, 3).astype(value.dtype)
+    return _joined(d_query, query.shape[2]), d_key, d_value, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_cached(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +18,71 @@ def score(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores target tokens under softmax(hidden . head / temperature), `chunk` tokens of logits at a time.
 
-    Rows stay whole (they are what a mesh shards); a chunk is a span of columns. Chunks are recomputed in the backward
-    pass, so that the logits of one chunk are all that ever exists.
+    Rows stay whole (they are what a mesh shards); a chunk is a span of columns. The backward pass
+    computes a chunk's logits again, so that those of one chunk are all that ever exists.
 
     Args:
         hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T]; chunk: tokens.
 
     Returns:
-        float32 [B, T] each: log-probability of the target, entropy in nats (no gradient), log partition function.
+        float32 [B, T] each: log-probability of the target, entropy in nats, log partition function. Entropy and
+        temperature carry no gradient.
     """
     batch, length, width = hidden.shape
-
-    def part(h: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = jnp.einsum('btd,vd->btv', h, head, preferred_element_type=jnp.float32) / temperature
-        partition = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
-        fixed = lax.stop_gradient(logits - partition[..., None])
-        return picked - partition, -jnp.sum(jnp.exp(fixed) * fixed, axis=-1), partition
-
     span = max(1, min(length, chunk // batch))
     while length % span:
         span -= 1
     if span == length:
-        return part(hidden, targets)
+        return _score(hidden, head, targets, temperature)
 
     def step(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
-        return None, jax.checkpoint(part)(*x)
+        return None, _score(x[0], head, x[1], temperature)
 
     columns = hidden.reshape(batch, length // span, span, width).swapaxes(0, 1)
     _, out = lax.scan(step, None, (columns, targets.reshape(batch, length // span, span).swapaxes(0, 1)))
     logprob, entropy, partition = (x.swapaxes(0, 1).reshape(batch, length) for x in out)
     return logprob, entropy, partition
+
+
+def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    return jnp.einsum('btd,vd->btv', hidden, head, preferred_element_type=jnp.float32) / temperature
+
+
+@jax.custom_vjp
+def _score(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array | float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits = _logits(hidden, head, temperature)
+    largest = logits.max(-1, keepdims=True)
+    shifted = logits - largest
+    weights = jnp.exp(shifted)
+    total = weights.sum(-1)
+    logsum = jnp.log(total)
+    picked = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    # Entropy: -sum p log p with log p = shifted - logsum.
+    return picked - logsum, logsum - jnp.sum(weights * shifted, axis=-1) / total, logsum + largest[..., 0]
+
+
+def _score_forward(hidden: Any, head: Any, targets: Any, temperature: Any) -> tuple[Any, tuple[Any, ...]]:
+    out = _score(hidden, head, targets, temperature)
+    return out, (hidden, head, targets, temperature, out[2])
+
+
+def _score_backward(saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, ...]:
+    """Logits again, and one pass over them: probability * (d partition - d logprob), plus d logprob at the target."""
+    hidden, head, targets, temperature, partition = saved
+    d_logprob, _, d_partition = (x[..., None] for x in gradients)
+    probability = jnp.exp(_logits(hidden, head, temperature) - partition[..., None])
+    at_target = jnp.arange(head.shape[0])[None, None] == targets[..., None]
+    d_logits = (probability * (d_partition - d_logprob) + jnp.where(at_target, d_logprob, 0.0)) / temperature
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = jnp.einsum('btv,vd->btd', d_logits, head)
+    # As the transpose of what is wanted: it is the small factor that XLA:CPU then has to transpose.
+    d_head = jnp.einsum('btd,btv->dv', hidden, d_logits).T
+    return d_hidden, d_head, None, jnp.zeros_like(temperature)
+
+
+_score.defvjp(_score_forward, _score_backward)
 
 
 def same_segment(segments: jax.Array, distance: int) -> jax.Array:

@@ -88,7 +88,7 @@ def masked_softmax(query, key, value, segments, scale):
     return jnp.einsum('bhts,bshv->bthv', jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), axis=-1), value)
 
 
-@pytest.mark.parametrize('length', [300, 600], ids=['two chunks', 'recomputed chunks'])
+@pytest.mark.parametrize('length', [300, 600], ids=['chunks of 128', 'chunks of 256'])
 def test_chunks_of_queries_change_nothing(length):
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 4, 3)).astype(np.float32)
