@@ -101,12 +101,17 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
         (plan.folder / 'metrics.jsonl').open('a') as lines,
         Progress(plan.steps, plan.name, initial=first) as progress,
     ):
+        reported = time.perf_counter()
 
-        def report(line: dict[str, Any], device: dict[str, jax.Array], tokens: int, started: float) -> None:
+        def report(line: dict[str, Any], device: dict[str, jax.Array], tokens: int) -> None:
+            nonlocal reported
             now = time.perf_counter()
             values = {name: float(value) for name, value in jax.device_get(device).items()}
-            waited = time.perf_counter() - now
-            line = {**line, **values, 'tokens_per_second': tokens / max(time.perf_counter() - started, 1e-9)}
+            ready = time.perf_counter()
+            waited = ready - now
+            # Since the last report: steps overlap, so that from its start to its end would be the time of two.
+            line = {**line, **values, 'tokens_per_second': tokens / max(ready - reported, 1e-9)}
+            reported = ready
             lines.write(json.dumps(line) + '\n')
             lines.flush()
             for name, value in line.items():
@@ -148,7 +153,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 'learning_rate': float(rates[step]),
                 **stream_state.get('metrics', {}),
             }
-            pending = (line, metrics, tokens, started)
+            pending = (line, metrics, tokens)
             if step + 1 == plan.steps or (step + 1) % plan.save_every == 0:
                 report(*pending)
                 pending = None
