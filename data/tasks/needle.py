@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from data.tasks import Part, ProceduralTask, Prompt, Verdict, final_answer, lines, register
+from data.tasks import Part, ProceduralTask, Prompt, Verdict, lines, register
 
 ADJECTIVES = """
 red blue green black white brown pink gray gold silver big small tall short long wide thin fat old new young fast slow
@@ -20,18 +20,21 @@ spoon knife box bag hat coat shoe ring ball boat car train bike road bridge towe
 @register('needle')
 @dataclass(kw_only=True)
 class Needle(ProceduralTask):
-    """`pairs` lines give each thing a code of four digits; give the codes of `questions` of them.
+    """`pairs` lines give each thing a code of `digits` digits; repeat the lines of the `questions` things asked for.
 
-    One question has a final answer. Several are answered a line each (`red fox: 4821`), in any order, and the score
-    is the share that is right: more lines than questions score nothing, so guessing twice never pays.
+    Lines may come in any order, and the score is the share that is right: more lines than questions score nothing, so
+    guessing twice never pays.
     """
 
     pairs: tuple[int, int] = (8, 16)
     questions: int = 1
+    digits: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.pairs = self._interval('pairs', 1, len(ADJECTIVES) * len(NOUNS))
+        self._integer('digits', 1, 9)
+        # Codes are distinct, so that reading the wrong line never gives the right answer.
+        self.pairs = self._interval('pairs', 1, min(len(ADJECTIVES) * len(NOUNS), 10**self.digits))
         self._integer('questions', 1, self.pairs[0])
 
     def draw(self, rng: random.Random) -> tuple[str, tuple[dict[str, str], list[str]]]:
@@ -40,33 +43,25 @@ class Needle(ProceduralTask):
             f'{ADJECTIVES[n // len(NOUNS)]} {NOUNS[n % len(NOUNS)]}'
             for n in rng.sample(range(len(ADJECTIVES) * len(NOUNS)), pairs)
         ]
-        # Distinct codes: reading the wrong line must never give the right answer.
-        codes = dict(zip(things, (f'{n:04d}' for n in rng.sample(range(10_000), pairs)), strict=True))
+        numbers = rng.sample(range(10**self.digits), pairs)
+        codes = dict(zip(things, (f'{n:0{self.digits}d}' for n in numbers), strict=True))
         asked = rng.sample(things, self.questions)
         key = '; '.join([*sorted(f'{thing}: {code}' for thing, code in codes.items()), *sorted(asked)])
         return key, (codes, asked)
 
     def pose(self, key: str, problem: tuple[dict[str, str], list[str]], rng: random.Random) -> Prompt:
         codes, asked = problem
-        facts = [f'The code of the {thing} is {code}.' for thing, code in codes.items()]
-        if self.questions == 1:
-            question = f'What is the code of the {asked[0]}?'
-            reference = f'Answer: {codes[asked[0]]}'
-        else:
-            question = f'What are the codes of the {", the ".join(asked[:-1])} and the {asked[-1]}?'
-            reference = '\n'.join(f'{thing}: {codes[thing]}' for thing in asked)
+        *most, last = (f'the {thing}' for thing in asked)
+        question = f'What are the codes of {", ".join(most)} and {last}?' if most else f'What is the code of {last}?'
         return Prompt(
-            text='\n'.join([*facts, question]),
-            reference=reference,
+            text='\n'.join([*(f'{thing}: {code}' for thing, code in codes.items()), question]),
+            reference='\n'.join(f'{thing}: {codes[thing]}' for thing in asked),
             key=key,
             info={'codes': {thing: codes[thing] for thing in asked}},
         )
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict:
         codes = prompt.info['codes']
-        if len(codes) == 1:
-            right = final_answer(completion) in codes.values()
-            return Verdict(float(right), reason='' if right else 'wrong or no code')
         found = lines(completion, len(codes))
         if len(found) > len(codes):
             return Verdict(0.0, reason=f'more than {len(codes)} lines')
