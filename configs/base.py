@@ -20,8 +20,8 @@ def base(name: str) -> ConfigDict:
     model = dataclasses.asdict(ModelConfig())
     vocabulary = model.pop('vocab_size')  # stated with the tokenizer
     config.model = ConfigDict(model)
-    # path: a folder with tokenizer.json; empty: train one on `source`.
-    config.tokenizer = ConfigDict({'path': '', 'source': '', 'vocab_size': vocabulary})
+    # path: a folder with tokenizer.json; empty: train one on `sources`.
+    config.tokenizer = ConfigDict({'path': '', 'sources': (), 'vocab_size': vocabulary})
     config.mesh = ConfigDict({axis: -1 if axis == 'data' else 1 for axis in MESH_AXES})
     config.sources = ConfigDict()
     config.evaluations = ConfigDict()

@@ -46,12 +46,21 @@ _WRITE = (
 )
 
 
-def standard_library(split: str) -> list[Record]:
+def standard_library(split: str, piece: int = 0) -> list[Record]:
     """Files of the standard library as records {text, path, module, licence}, in the order of their paths.
 
-    `split` is 'train' or 'heldout'. Raises InputError for another split.
+    Args:
+        split: 'train' or 'heldout'.
+        piece: if not 0, files are cut at line ends into records of some `piece` characters. A row of a batch reads a
+            record to its end before it takes the next: whole files would keep it on one subject for many steps.
+
+    Raises:
+        InputError: another split; a negative `piece`.
     """
-    return _files()[_checked(split)]
+    files = _files()[_checked(split)]
+    if type(piece) is not int or piece < 0:
+        raise InputError(f'stdlib: piece {piece!r}: expected a number of characters, or 0 for whole files')
+    return [{**file, 'text': text} for file in files for text in _pieces(file['text'], piece)] if piece else files
 
 
 def instructions(split: str) -> list[Record]:
@@ -70,6 +79,15 @@ def _checked(split: str) -> str:
     if split not in SPLITS:
         raise InputError(f'split {split!r}: expected one of {", ".join(SPLITS)}')
     return split
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Cuts a text behind the first line end after each `size` characters."""
+    start = 0
+    while start < len(text):
+        end = text.find('\n', start + size - 1) + 1 or len(text)
+        yield text[start:end]
+        start = end
 
 
 def _hash(text: str) -> int:

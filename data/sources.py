@@ -6,7 +6,7 @@ before compute.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from data import corpus
@@ -17,6 +17,7 @@ from data.tasks import get_task
 
 # A procedural task never runs out: any index below this is a problem.
 ENDLESS = 2**31
+SAMPLE = 10_000  # problems of a task that a tokenizer learns from
 
 
 class Source(Protocol):
@@ -28,14 +29,15 @@ class Source(Protocol):
 
 
 class TaskSource:
-    """The problems of a procedural task with their reference answers, as text or as chats."""
+    """The problems of a procedural task with their reference answers: as text, as text whose answer alone is learnt
+    ('completion'), or as chats."""
 
     endless = True
 
     def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
         """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
-        if format not in ('text', 'chat'):
-            raise InputError(f'source task: format {format!r}: expected text or chat')
+        if format not in ('text', 'completion', 'chat'):
+            raise InputError(f'source task: format {format!r}: expected text, completion or chat')
         self.task = get_task(name, split=split, **options)
         self._format = format
 
@@ -46,6 +48,8 @@ class TaskSource:
         prompt = self.task.prompt(index)
         if self._format == 'text':
             return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
+        if self._format == 'completion':
+            return {'prompt': f'{prompt.text}\n', 'completion': prompt.reference, 'key': prompt.key}
         messages = [{'role': 'user', 'content': prompt.text}, {'role': 'assistant', 'content': prompt.reference}]
         return {'messages': messages, 'key': prompt.key}
 
@@ -53,8 +57,9 @@ class TaskSource:
 def open_source(spec: Any) -> Source:
     """The source that a mapping `{'type': TYPE, option: value, ...}` describes.
 
-      stdlib, stdlib_instructions   split
-      task                          name, split, format ('text' or 'chat'), and the task's own options
+      stdlib                        split, piece (characters a record; 0: whole files)
+      stdlib_instructions           split
+      task                          name, split, format ('text', 'completion' or 'chat'), and the task's own options
       jsonl, arrayrecord, parquet   path (a file or a glob), field
       text                          path (a file, a folder or a glob): one document a file
       tfds                          name or path, split, field
@@ -83,8 +88,19 @@ def open_source(spec: Any) -> Source:
     return source
 
 
+def sample_texts(source: Source) -> Iterator[str]:
+    """The words of a source's records, to train a tokenizer on: of all records, or of an endless source's first."""
+    count = min(len(source), SAMPLE) if getattr(source, 'endless', False) else len(source)
+    for i in range(count):
+        record = source[i]
+        if 'messages' in record:
+            yield from (message['content'] for message in record['messages'])
+        else:
+            yield ''.join(record[field] for field in ('text', 'prompt', 'completion') if field in record)
+
+
 _TYPES: dict[str, Callable[..., Source]] = {
-    'stdlib': lambda split='train': corpus.standard_library(split),
+    'stdlib': lambda split='train', piece=0: corpus.standard_library(split, piece),
     'stdlib_instructions': lambda split='train': corpus.instructions(split),
     'task': TaskSource,
     'jsonl': JsonLinesSource,

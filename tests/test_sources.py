@@ -12,7 +12,7 @@ from pyarrow import parquet
 from data.corpus import instructions, shared_line_share, standard_library
 from data.errors import InputError
 from data.packing import encode_record
-from data.sources import open_source
+from data.sources import SAMPLE, open_source, sample_texts
 from tests.text import small_tokenizer
 
 
@@ -31,6 +31,17 @@ class TestCorpus:
         assert not tops[0] & tops[1]
         assert shared_line_share(train, heldout) < 0.08
         assert [record['path'] for record in train] == sorted(record['path'] for record in train)
+
+    def test_pieces_are_the_files_cut_at_line_ends(self):
+        whole, pieces = standard_library('heldout'), standard_library('heldout', 500)
+        texts = {file['path']: '' for file in whole}
+        for piece in pieces:
+            texts[piece['path']] += piece['text']
+            assert piece['text'].find('\n', 499) in (-1, len(piece['text']) - 1)
+        assert texts == {file['path']: file['text'] for file in whole} and len(pieces) > 100
+        for bad in (-1, 0.5, True):
+            with pytest.raises(InputError, match='expected a number of characters'):
+                standard_library('train', bad)
 
     def test_no_tests_in_it(self):
         folders = {part for record in standard_library('train') for part in record['path'].split('/')[:-1]}
@@ -65,6 +76,19 @@ class TestOpen:
         question, answer = chat[5]['messages']
         assert text[5]['text'] == f'{question["content"]}\n{answer["content"]}'
         assert 'Answer:' in text[10**9]['text']
+        answer = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'completion'}))
+        assert answer[5]['prompt'] + answer[5]['completion'] == text[5]['text']
+
+    def test_texts_for_a_tokenizer(self, tmp_path):
+        write_lines(tmp_path / 'a.jsonl', [json.dumps({'prompt': 'a', 'completion': f'b{i}'}) for i in range(3)])
+        assert list(sample_texts(open_source({'type': 'jsonl', 'path': str(tmp_path / 'a.jsonl')}))) == [
+            'ab0',
+            'ab1',
+            'ab2',
+        ]
+        chats = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'chat'})
+        texts = list(sample_texts(chats))
+        assert len(texts) == 2 * SAMPLE and texts[:2] == [message['content'] for message in chats[0]['messages']]
 
     @pytest.mark.parametrize(
         ('spec', 'message'),
@@ -74,7 +98,7 @@ class TestOpen:
             ({'type': 'jsonl'}, "'path' is missing"),
             ({'type': 'jsonl', 'path': '/none', 'feild': 'x'}, "no option 'feild'; did you mean 'field'"),
             ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
-            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text or chat'),
+            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text, completion or chat'),
             ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),
             ({'type': 'tfds'}, 'either name or path'),
             ({'type': 'tfds', 'path': '/none'}, 'no dataset_info.json'),

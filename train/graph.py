@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import jax
 
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
-from data.sources import open_source
+from data.sources import open_source, sample_texts
 from data.stream import Prefetch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
@@ -153,12 +154,13 @@ class Run:
         elif settings['path']:
             tokenizer = Tokenizer.load(settings['path'])
         else:
-            if settings['source'] not in self.config['sources']:
-                near = did_you_mean(settings['source'], self.config['sources'])
-                raise InputError(f'tokenizer.source: no source {settings["source"]!r}{near}')
+            for name in settings['sources']:
+                if name not in self.config['sources']:
+                    near = did_you_mean(name, self.config['sources'])
+                    raise InputError(f'tokenizer.sources: no source {name!r}{near}')
             print(f'training a tokenizer of {settings["vocab_size"]} tokens', flush=True)
-            source = open_source(self.config['sources'][settings['source']])
-            tokenizer = train_tokenizer((source[i]['text'] for i in range(len(source))), settings['vocab_size'])
+            sources = [open_source(self.config['sources'][name]) for name in settings['sources']]
+            tokenizer = train_tokenizer(itertools.chain(*map(sample_texts, sources)), settings['vocab_size'])
         if tokenizer.vocab_size > settings['vocab_size']:
             raise InputError(
                 f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
