@@ -36,6 +36,7 @@ def get_config(variant: str = '') -> ConfigDict:
         v_head_dim=8,
         n_routed_experts=4,
         moe_intermediate_size=32,
+        scan_layers=True,
         max_position_embeddings=256,
         original_max_position_embeddings=64,
     )
