@@ -44,7 +44,7 @@ class Scored:
 
 @functools.cache
 def model() -> tuple[Model, Variables]:
-    made = Model(model_config(num_hidden_layers=1, initializer_range=0.5))
+    made = Model(model_config(num_hidden_layers=1, initializer_range=1.0))
     return made, made.init(0, one_device())
 
 
