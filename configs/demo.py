@@ -97,7 +97,9 @@ def get_config(variant: str = '') -> ConfigDict:
         'evaluations': base_evaluations,
         'optimizer': {'learning_rate': 0.01},
     }
-    longer = {'batch_size': 4, 'sequence_length': LONG, 'model': {'rope_theta': ROPE_THETA * 4 ** (16 / 14)}}
+    rotated = config.model.qk_rope_head_dim
+    theta = ROPE_THETA * (LONG / SHORT) ** (rotated / (rotated - 2))
+    longer = {'batch_size': 4, 'sequence_length': LONG, 'model': {'rope_theta': theta}}
     add_stage(config, 'midtrain', 'midtrain', mixture=((0.0, better),), **midtrain, **longer)
     sft: dict[str, Any] = {
         'parent': 'midtrain',

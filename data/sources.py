@@ -89,14 +89,19 @@ def open_source(spec: Any) -> Source:
 
 
 def sample_texts(source: Source) -> Iterator[str]:
-    """The words of a source's records, to train a tokenizer on: of all records, or of an endless source's first."""
+    """The words of a source's records, to train a tokenizer on: of all records, or of an endless source's first.
+
+    Raises InputError for a record without words.
+    """
     count = min(len(source), SAMPLE) if getattr(source, 'endless', False) else len(source)
     for i in range(count):
         record = source[i]
         if 'messages' in record:
             yield from (message['content'] for message in record['messages'])
+        elif fields := [field for field in ('text', 'prompt', 'completion') if field in record]:
+            yield ''.join(record[field] for field in fields)
         else:
-            yield ''.join(record[field] for field in ('text', 'prompt', 'completion') if field in record)
+            raise InputError(f'record {i} has {sorted(record)}: expected words to train a tokenizer on')
 
 
 _TYPES: dict[str, Callable[..., Source]] = {

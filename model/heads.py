@@ -18,8 +18,8 @@ def score(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scores target tokens under softmax(hidden . head / temperature), `chunk` tokens of logits at a time.
 
-    Rows stay whole (they are what a mesh shards); a chunk is a span of columns. The backward pass
-    computes a chunk's logits again, so that those of one chunk are all that ever exists.
+    Rows stay whole (they are what a mesh shards); a chunk is a span of columns. The backward pass computes
+    a chunk's logits again, so that those of one chunk are all that ever exists.
 
     Args:
         hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T]; chunk: tokens.
@@ -121,8 +121,7 @@ class Output:
     @property
     def logits(self) -> jax.Array:
         """float32 [B, T, V]; at token t they predict token t + 1. For sampling and inspection, not for losses."""
-        logits = jnp.einsum('btd,vd->btv', self.hidden, self.head, preferred_element_type=jnp.float32)
-        return logits / self.temperature
+        return _logits(self.hidden, self.head, self.temperature)
 
     def _predictions(self, hidden: jax.Array, distance: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         targets = jnp.roll(self.tokens, -distance, axis=1)

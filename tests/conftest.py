@@ -35,3 +35,13 @@ def one_device() -> dict[str, str]:
     """An environment for commands started by a test, without the eight fake devices of the tests themselves."""
     flags = os.environ['XLA_FLAGS'].replace(FAKE_DEVICES, '').strip()
     return {**os.environ, 'XLA_FLAGS': flags}
+
+
+@pytest.fixture(scope='session')
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer of 400 tokens."""
+    from text import small_tokenizer
+
+    path = tmp_path_factory.mktemp('tokenizer')
+    small_tokenizer().save(path)
+    return str(path)

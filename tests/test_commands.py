@@ -7,16 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from text import small_tokenizer
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(scope='module')
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp('tokenizer')
-    small_tokenizer().save(path)
-    return str(path)
 
 
 @pytest.fixture

@@ -38,13 +38,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, 'KINDS', dict(stages.KINDS))
 
 
-@pytest.fixture(scope='module')
-def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp('tokenizer')
-    small_tokenizer().save(path)
-    return str(path)
-
-
 @pytest.fixture
 def run(tmp_path: Path, tokenizer_path: str) -> Callable[..., Run]:
     """Makes the run of the small config's named stages, with settings of the test, in one workdir.
@@ -184,6 +177,15 @@ def test_graphs_that_cannot_run_are_refused(run: Any) -> None:
         run('pretrain')('pretran')
     everything = as_dict(get_config().stages.to_dict())
     assert order(dict(sorted(everything.items()))) == ['pretrain', 'midtrain', 'sft', 'grpo']
+
+
+@pytest.mark.parametrize(
+    ('sources', 'shown'),
+    [((), 'tokenizer.sources is empty'), (('stlib',), "no source 'stlib'; did you mean 'stdlib'")],
+)
+def test_a_tokenizer_needs_something_to_learn_from(run: Callable[..., Run], sources: Any, shown: str) -> None:
+    with pytest.raises(InputError, match=shown):
+        run('pretrain', settings=lambda config: config.tokenizer.update(path='', sources=sources))
 
 
 class Failing(Constant):

@@ -86,6 +86,8 @@ class TestOpen:
             'ab1',
             'ab2',
         ]
+        with pytest.raises(InputError, match='record 0 has .*tokens.*expected words'):
+            list(sample_texts([{'tokens': [1, 2]}]))
         chats = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'chat'})
         texts = list(sample_texts(chats))
         assert len(texts) == 2 * SAMPLE and texts[:2] == [message['content'] for message in chats[0]['messages']]

@@ -154,6 +154,8 @@ class Run:
         elif settings['path']:
             tokenizer = Tokenizer.load(settings['path'])
         else:
+            if not settings['sources']:
+                raise InputError('tokenizer.sources is empty: expected names of sources, or a folder as tokenizer.path')
             for name in settings['sources']:
                 if name not in self.config['sources']:
                     near = did_you_mean(name, self.config['sources'])
