@@ -18,7 +18,8 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.n
     A record is one of
       {'text'}                     begin, text, end: all learnt
       {'messages'}                 a chat: the assistant's words and its stop tokens are learnt
-      {'prompt', 'completion'}     begin, prompt, completion, end: the completion and end are learnt
+      {'prompt', 'completion'}     begin, prompt, completion, end: the completion and end are learnt; two lists of equal
+                                   length alternate in one document
       {'tokens'[, 'loss_weight']}  as they are
     The first token has nothing before it and weighs 0. Raises InputError for any other record.
     """
@@ -35,10 +36,10 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.n
         chat, mask = render_chat(record['messages'], tokenizer)
         tokens, weight = np.array(chat, np.int32), np.array(mask, np.float32)
     elif 'prompt' in record and 'completion' in record:
-        prompt = [tokenizer.begin_id, *tokenizer.encode(_text(record, 'prompt'))]
-        completion = [*tokenizer.encode(_text(record, 'completion')), tokenizer.end_id]
-        tokens = np.array(prompt + completion, np.int32)
-        weight = np.repeat(np.array([0, 1], np.float32), [len(prompt), len(completion)])
+        pieces = [tokenizer.encode(text) for both in _pairs(record) for text in both]
+        pieces = [[tokenizer.begin_id, *pieces[0]], *pieces[1:-1], [*pieces[-1], tokenizer.end_id]]
+        tokens = np.concatenate(pieces).astype(np.int32)
+        weight = np.repeat(np.arange(len(pieces)) % 2, [len(piece) for piece in pieces]).astype(np.float32)
     else:
         raise InputError(f'record has {sorted(record)}: expected text, messages, tokens, or prompt and completion')
     weight[0] = 0
@@ -78,6 +79,16 @@ class RowWriter:
         self._row['loss_weight'][begin:end] = loss_weight
         self._row['loss_weight'][begin] = 0
         self._filled = end
+
+
+def _pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The prompts and completions of a record that holds one of each, or a list of each."""
+    prompt, completion = record['prompt'], record['completion']
+    if isinstance(prompt, list) and isinstance(completion, list) and len(prompt) == len(completion) > 0:
+        parts = [{'prompt': p, 'completion': c} for p, c in zip(prompt, completion, strict=True)]
+    else:
+        parts = [dict(record)]
+    return [(_text(part, 'prompt'), _text(part, 'completion')) for part in parts]
 
 
 def _token_array(ids: Any, vocab_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ before compute.
 """
 
 import inspect
+import random
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
 from data.tasks import get_task
+from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
 ENDLESS = 2**31
@@ -54,12 +56,44 @@ class TaskSource:
         return {'messages': messages, 'key': prompt.key}
 
 
+class Repeats:
+    """Documents of short strings of random words, each said twice in a row, of which the second saying is learnt.
+
+    Only what stands in the context helps, so a model learns to look there: to find the last time a token occurred and
+    to copy what came next (induction heads; Olsson et al. 2022). Long strings alone teach that hardly at all; begin
+    with the shortest. Strings follow one another without a mark: where a string begins or ends would tell how far back
+    to look, and a model that counts has no need to find.
+    """
+
+    endless = True
+
+    def __init__(self, words: tuple[int, int] = (2, 5), strings: int = 16):
+        """Each string has `words` (least, most) words, a document `strings` strings. Raises InputError."""
+        low, high = words if isinstance(words, tuple | list) and len(words) == 2 else (words, words)
+        if type(low) is not int or type(high) is not int or not 2 <= low <= high:
+            raise InputError(f'source repeats: words {words!r}: expected (least, most) of at least 2')
+        if type(strings) is not int or strings < 1:
+            raise InputError(f'source repeats: strings {strings!r}: expected 1 or more')
+        self._words, self._strings = (low, high), strings
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> Record:
+        rng = random.Random(f'repeats {self._words} {index}')
+        strings = [rng.choices(WORDS, k=rng.randint(*self._words)) for _ in range(self._strings)]
+        # The first word of a copy might be any: it is shown, and the others are learnt.
+        prompts = [''.join(f' {word}' for word in [*string, string[0]]) for string in strings]
+        return {'prompt': prompts, 'completion': [''.join(f' {word}' for word in string[1:]) for string in strings]}
+
+
 def open_source(spec: Any) -> Source:
     """The source that a mapping `{'type': TYPE, option: value, ...}` describes.
 
       stdlib                        split, piece (characters a record; 0: whole files)
       stdlib_instructions           split
       task                          name, split, format ('text', 'completion' or 'chat'), and the task's own options
+      repeats                       words, strings
       jsonl, arrayrecord, parquet   path (a file or a glob), field
       text                          path (a file, a folder or a glob): one document a file
       tfds                          name or path, split, field
@@ -99,7 +133,7 @@ def sample_texts(source: Source) -> Iterator[str]:
         if 'messages' in record:
             yield from (message['content'] for message in record['messages'])
         elif fields := [field for field in ('text', 'prompt', 'completion') if field in record]:
-            yield ''.join(record[field] for field in fields)
+            yield ''.join(''.join(record[field]) for field in fields)  # of lists of strings as well
         else:
             raise InputError(f'record {i} has {sorted(record)}: expected words to train a tokenizer on')
 
@@ -108,6 +142,7 @@ _TYPES: dict[str, Callable[..., Source]] = {
     'stdlib': lambda split='train', piece=0: corpus.standard_library(split, piece),
     'stdlib_instructions': lambda split='train': corpus.instructions(split),
     'task': TaskSource,
+    'repeats': Repeats,
     'jsonl': JsonLinesSource,
     'arrayrecord': ArrayRecordSource,
     'parquet': ParquetSource,

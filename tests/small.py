@@ -44,7 +44,7 @@ def get_config(variant: str = '') -> ConfigDict:
         del config.stages[name]
     for stage in config.stages.values():
         stage.update(steps=5, batch_size=8, sequence_length=64, microbatches=1, save_every=2, evaluations=())
-    config.stages.midtrain.sequence_length = 128
+    config.stages.midtrain.update(sequence_length=128, model=ConfigDict({'rope_theta': 2 * config.model.rope_theta}))
     config.sources.arithmetic_chat.operations = (1, 1)
     config.stages.sft.update(mixture=((0.0, {'arithmetic_chat': 1.0}),), sequence_length=96)
     config.stages.grpo.update(prompts=4, samples=2, max_tokens=16, microbatches=2)

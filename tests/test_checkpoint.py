@@ -30,7 +30,7 @@ METADATA = {'stage': 'pretrain', 'parent': '', 'tokens': 1234, 'flops': 5.0e9}
 def first_state() -> State:
     """Muon's state, which has leaves of several shapes, over a small model."""
     model = Model(model_config())
-    optimizer = make_optimizer({**COMMON['optimizer'], 'name': 'adamw'}, 10, model.declared['params'])
+    optimizer = make_optimizer({**COMMON['optimizer'], 'name': 'adamw'}, model.declared['params'])
     return initial_state(model.init(0, one_device()), optimizer)
 
 

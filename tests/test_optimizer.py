@@ -47,7 +47,9 @@ def test_linear_goes_to_zero_and_constant_stays() -> None:
 @pytest.mark.parametrize(('field', 'value'), [('schedule', 'cosin'), ('name', 'adam')])
 def test_an_unknown_choice_is_named(field: str, value: str) -> None:
     with pytest.raises(InputError, match=f"optimizer.{field} is '{value}': expected"):
-        make_optimizer({**SETTINGS, field: value}, 10, Model(model_config()).declared['params'])
+        changed = {**SETTINGS, field: value}
+        learning_rate(changed, 10)
+        make_optimizer(changed, Model(model_config()).declared['params'])
 
 
 def named(tree: Any, **options: Any) -> dict[str, Any]:
@@ -65,11 +67,11 @@ def declared() -> Any:
 
 def update(declared: Any, gradient_of: Any, **changes: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The first update, the parameters (all ones) and the declarations, by path."""
-    settings = {**SETTINGS, 'schedule': 'constant', 'warmup': 0.0, 'clip': 0.0, 'learning_rate': 0.1, **changes}
-    optimizer = make_optimizer(settings, 10, declared)
+    optimizer = make_optimizer({**SETTINGS, 'clip': 0.0, **changes}, declared)
     parameters = jax.tree.map(lambda x: jnp.ones(x.value.shape), declared, is_leaf=is_declared)
     gradient = jax.tree.map(gradient_of, declared, is_leaf=is_declared)
     updates, _ = jax.jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(gradient, parameters)
+    updates = jax.tree.map(lambda x: 0.1 * x, updates)  # a learning rate of 0.1
     return named(updates), named(parameters), named(declared, is_leaf=is_declared)
 
 

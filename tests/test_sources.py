@@ -79,6 +79,15 @@ class TestOpen:
         answer = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'completion'}))
         assert answer[5]['prompt'] + answer[5]['completion'] == text[5]['text']
 
+    def test_repeats_show_each_string_and_ask_for_its_rest(self):
+        source = open_source({'type': 'repeats', 'words': (2, 4), 'strings': 5})
+        record = source[3]
+        assert record == source[3] != source[4] and len(record['prompt']) == len(record['completion']) == 5
+        for shown, rest in zip(record['prompt'], record['completion'], strict=True):
+            *string, first = shown.split()
+            assert 2 <= len(string) <= 4 and [first, *rest.split()] == string and not rest.endswith(' ')
+        assert list(sample_texts([record]))[0].split()
+
     def test_texts_for_a_tokenizer(self, tmp_path):
         write_lines(tmp_path / 'a.jsonl', [json.dumps({'prompt': 'a', 'completion': f'b{i}'}) for i in range(3)])
         assert list(sample_texts(open_source({'type': 'jsonl', 'path': str(tmp_path / 'a.jsonl')}))) == [
@@ -102,6 +111,8 @@ class TestOpen:
             ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
             ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text, completion or chat'),
             ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),
+            ({'type': 'repeats', 'words': (5, 2)}, 'words .5, 2.: expected .least, most.'),
+            ({'type': 'repeats', 'strings': 0}, 'strings 0: expected 1 or more'),
             ({'type': 'tfds'}, 'either name or path'),
             ({'type': 'tfds', 'path': '/none'}, 'no dataset_info.json'),
         ],
@@ -233,6 +244,7 @@ class TestEncodeRecord:
         show = lambda ids: tokenizer.decode(ids, skip_control=False)  # noqa: E731
         for record, text, learnt in (
             ({'text': 'ab'}, '<|begin|>ab<|end|>', 'ab<|end|>'),
+            ({'prompt': ['ab', 'ef'], 'completion': ['cd', 'g']}, '<|begin|>abcdefg<|end|>', 'cdg<|end|>'),
             ({'prompt': 'ab', 'completion': 'cd'}, '<|begin|>abcd<|end|>', 'cd<|end|>'),
             ({'messages': [{'role': 'assistant', 'content': 'x'}]}, '<|begin|><|assistant|>x<|end|>', 'x<|end|>'),
         ):
@@ -247,6 +259,7 @@ class TestEncodeRecord:
         [
             ({'title': 'x'}, "has .'title'.: expected text"),
             ({'text': None}, 'text: expected a string'),
+            ({'prompt': ['a', 'b'], 'completion': ['c']}, 'prompt: expected a string'),
             ({'tokens': []}, 'non-empty list'),
             ({'tokens': [1.5]}, 'non-empty list'),
             ({'tokens': [1, 400]}, 'expected ids from 0 to 399, got 1 to 400'),

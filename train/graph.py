@@ -116,7 +116,8 @@ class Run:
         try:
             for evaluation in stage['evaluations']:
                 checked(self.config['evaluations'][evaluation])
-            make_optimizer(stage['optimizer'], stage['steps'], model.declared['params'])
+            make_optimizer(stage['optimizer'], model.declared['params'])
+            learning_rate(stage['optimizer'], stage['steps'])
             # Other models are not there yet; streams only look at which of them will be.
             named: dict[str, Variables] = {role: {} for role, address in stage['models'].items() if address}
             get_kind(stage['kind']).stream(self._context(name, model, named))
@@ -258,7 +259,7 @@ class Run:
         """
         stage, model = self.stages[name], Model(self.model_config(name))
         kind = get_kind(stage['kind'])
-        optimizer = make_optimizer(stage['optimizer'], stage['steps'], model.declared['params'])
+        optimizer = make_optimizer(stage['optimizer'], model.declared['params'])
         with jax.set_mesh(self.mesh):
             state, start = self._start(name, model, optimizer, fresh)
             models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}

@@ -32,7 +32,7 @@ class Plan:
         name: shown beside the progress bar.
         folder: where metrics, events and checkpoints go.
         model, objective, optimizer, stream: what is trained, on what, and how.
-        learning_rate: of the step, for the metrics.
+        learning_rate: of the step; a factor on the optimizer's updates.
         steps, microbatches, save_every, keep: counts.
         mesh: the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
@@ -90,7 +90,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     first = int(state['step'])
     step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer), donate_argnums=0)
     # All at once, as asking for one would wait for the devices.
-    rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)))
+    rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     stream_works = bool(getattr(plan.stream, 'work', ''))
     cpu_before = 0.0
     writer = SummaryWriter(str(plan.folder), flush_secs=30)
@@ -134,7 +134,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             placed = place(batch, plan.mesh, plan.microbatches)
             spent.stream_seconds += made - asked
             spent.place_seconds += time.perf_counter() - made
-            state, metrics = step_function(state, placed)
+            state, metrics = step_function(state, placed, rates[step])
             if step == first:
                 jax.block_until_ready(state)
                 spent.warm, cpu_before = time.perf_counter(), cpu_seconds()

@@ -50,25 +50,26 @@ def _dimensions(weight: Declared) -> optax.contrib.MuonDimensionNumbers | None:
     return optax.contrib.MuonDimensionNumbers(tuple(own[: weight.inputs]), tuple(own[weight.inputs :]))
 
 
-def make_optimizer(config: Mapping[str, Any], steps: int, declared: Any) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW or Muon.
+def make_optimizer(config: Mapping[str, Any], declared: Any) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW or Muon, at a learning rate of 1.
+
+    Updates, decay included, are proportional to the rate. It is an argument of the step instead, so that stages of one
+    shape share one compiled program.
 
     Muon (Jordan et al. 2024) orthogonalises the updates of matrices and scales them to the root-mean-square size of
     AdamW's (0.2 sqrt(max(inputs, outputs)); Liu et al. 2025, equation 4), so that one learning rate serves both;
     embeddings, heads, routers and vectors are left to AdamW. Only matrices and embeddings decay.
 
     Args:
-        config: fields `name`, `learning_rate`, `beta1`, `beta2`, `epsilon`, `weight_decay`, `clip`, and those of
-            `learning_rate`.
+        config: fields `name`, `beta1`, `beta2`, `epsilon`, `muon_beta`, `weight_decay`, `clip`.
         declared: the parameters as `Declared` weights.
     """
-    schedule = learning_rate(config, steps)
     decay = float(config['weight_decay'])
     decays = jax.tree.map(lambda x: x.role != 'vector', declared, is_leaf=is_declared)
-    update = optax.adamw(schedule, config['beta1'], config['beta2'], config['epsilon'], weight_decay=decay, mask=decays)
+    update = optax.adamw(1.0, config['beta1'], config['beta2'], config['epsilon'], weight_decay=decay, mask=decays)
     if config['name'] == 'muon':
         muon = optax.contrib.muon(
-            schedule,
+            1.0,
             beta=config['muon_beta'],
             weight_decay=decay,
             muon_weight_dimension_numbers=jax.tree.map(_dimensions, declared, is_leaf=is_declared),

@@ -52,8 +52,8 @@ def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, microbatches: i
 
 def make_step(
     model: Model, objective: Objective, optimizer: optax.GradientTransformation
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """The step function: (state, batch of `place`) -> (state, metrics as float32 scalars).
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """The step function: (state, batch of `place`, factor on the update) -> (state, metrics as float32 scalars).
 
     Gradients accumulate in float32 over the microbatches, each divided by the denominators of the whole batch. A
     microbatch without a real token costs nothing: on-policy batches keep a fixed shape and leave the last ones empty.
@@ -74,7 +74,7 @@ def make_step(
         experts = {name: output.statistics[name] for name in ('load', 'entropy') if name in output.statistics}
         return value, {'metrics': metrics, 'experts': experts, 'tokens': real, 'loss': value}
 
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: Batch, rate: jax.Array | float = 1.0) -> tuple[State, dict[str, jax.Array]]:
         below = objective.denominators(batch)
         whole = {name: x for name, x in batch.items() if not x.ndim}
         split = {name: x for name, x in batch.items() if x.ndim}
@@ -97,6 +97,7 @@ def make_step(
         gradients, aux = total
 
         updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
+        updates = jax.tree.map(lambda x: x * rate, updates)
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
         metrics |= {'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
         balance = state['balance']
