@@ -57,7 +57,7 @@ def get_config(variant: str = '') -> ConfigDict:
         story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
     text = {'type': 'task', 'format': 'text', 'max_tokens': 64}
-    chat = {'type': 'task', 'format': 'chat', 'max_tokens': 96}
+    chat = {'type': 'task', 'format': 'chat', 'max_tokens': 64}
     config.evaluations.update(
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
         arithmetic={**text, 'task': {**EASY, 'operations': 2}},
@@ -67,8 +67,9 @@ def get_config(variant: str = '') -> ConfigDict:
             'source': {'type': 'stdlib_instructions', 'split': 'heldout'},
             'max_tokens': SHORT,
         },
-        hard={**chat, 'task': HARD, 'samples': 4, 'temperature': 1.0},
-        hard_half={**chat, 'task': HARD, 'samples': 4, 'temperature': 0.5},
+        # As many at a time as in reinforcement learning, so that one compiled sampler serves all.
+        hard={**chat, 'task': HARD, 'samples': 8, 'temperature': 1.0},
+        hard_half={**chat, 'task': HARD, 'samples': 8, 'temperature': 0.5},
         hard_greedy={**chat, 'task': HARD},
     )
     base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph')
@@ -116,7 +117,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'batch_size': 256,
         'microbatches': 32,
         'sequence_length': SHORT,
-        'max_tokens': 48,
+        'max_tokens': 64,
         'save_every': 20,
         'evaluations': judged,
         # Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
