@@ -121,7 +121,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'save_every': 20,
         'evaluations': judged,
         # Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
-        'optimizer': {'name': 'adamw', 'learning_rate': 0.0003, 'schedule': 'linear'},
+        'optimizer': {'name': 'adamw', 'learning_rate': 0.00025},
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
     if variant == 'study':
