@@ -12,13 +12,15 @@ from ml_collections import ConfigDict
 from configs.base import add_stage, base
 
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
-ROPE_THETA = 500.0
 
 # Difficulty, fixed here and nowhere else: what mid-training and fine-tuning show, and what reinforcement learning is
 # judged at: the longest of these, every step right. Few answers are possible, so the answer alone could be guessed.
 EASY: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 3), 'digits': 1, 'max_value': 10}
 HARD: dict[str, Any] = {**EASY, 'operations': 3, 'worked': True}
 STORY: dict[str, Any] = {'name': 'wordgraph', 'operations': (1, 2), 'max_value': 10}
+
+# How the answers of a model that does not chat yet are evaluated.
+TEXT: dict[str, Any] = {'type': 'task', 'format': 'text', 'max_tokens': 64}
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -43,7 +45,7 @@ def get_config(variant: str = '') -> ConfigDict:
         max_position_embeddings=LONG,
         original_max_position_embeddings=SHORT,
         head_chunk=2048,
-        rope_theta=ROPE_THETA,
+        rope_theta=500.0,
         tie_word_embeddings=True,
         scan_layers=False,
         initializer_range=0.05,
@@ -56,12 +58,11 @@ def get_config(variant: str = '') -> ConfigDict:
         arithmetic_chat={'type': 'task', 'format': 'chat', **EASY},
         story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
-    text = {'type': 'task', 'format': 'text', 'max_tokens': 64}
-    chat = {'type': 'task', 'format': 'chat', 'max_tokens': 64}
+    chat = {**TEXT, 'format': 'chat'}
     config.evaluations.update(
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
-        arithmetic={**text, 'task': {**EASY, 'operations': 2}},
-        wordgraph={**text, 'task': STORY},
+        arithmetic={**TEXT, 'task': {**EASY, 'operations': 2}},
+        wordgraph={**TEXT, 'task': STORY},
         chat_format={
             'type': 'stopped',
             'source': {'type': 'stdlib_instructions', 'split': 'heldout'},
@@ -156,10 +157,9 @@ def _add_retrieval(config: ConfigDict) -> None:
         needle_long={**needle, 'pairs': (100, 220), 'questions': 6},
         needle_long_one={**needle, 'pairs': (100, 220)},
     )
-    item = {'type': 'task', 'format': 'text', 'max_tokens': 64}
     config.evaluations.update(
-        retrieval_short={**item, 'task': {'name': 'needle', 'pairs': (20, 50)}},  # 80 to 200 tokens
-        retrieval_long={**item, 'task': {'name': 'needle', 'pairs': (150, 220)}},  # 600 to 900 tokens
+        retrieval_short={**TEXT, 'task': {'name': 'needle', 'pairs': (20, 50)}},  # 80 to 200 tokens
+        retrieval_long={**TEXT, 'task': {'name': 'needle', 'pairs': (150, 220)}},  # 600 to 900 tokens
     )
     # Strings of two words first, nothing beside them: the circuit that copies forms there, or not at all in this time.
     recall = (
@@ -185,7 +185,7 @@ def _add_retrieval(config: ConfigDict) -> None:
     # For s times the context of d rotated dimensions the base grows by s^(d / (d - 2)), which slows the slowest pair by
     # s and leaves the fastest alone (bloc97 2023, "NTK-aware" scaling).
     rotated = config.model.qk_rope_head_dim
-    theta = ROPE_THETA * (LONG / SHORT) ** (rotated / (rotated - 2))
+    theta = config.model.rope_theta * (LONG / SHORT) ** (rotated / (rotated - 2))
     extend: dict[str, Any] = {
         'parent': 'recall',
         'steps': 60,

@@ -84,10 +84,9 @@ class RowWriter:
 def _pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The prompts and completions of a record that holds one of each, or a list of each."""
     prompt, completion = record['prompt'], record['completion']
+    parts = [record]
     if isinstance(prompt, list) and isinstance(completion, list) and len(prompt) == len(completion) > 0:
         parts = [{'prompt': p, 'completion': c} for p, c in zip(prompt, completion, strict=True)]
-    else:
-        parts = [dict(record)]
     return [(_text(part, 'prompt'), _text(part, 'completion')) for part in parts]
 
 
