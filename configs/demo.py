@@ -58,7 +58,7 @@ def get_config(variant: str = '') -> ConfigDict:
         arithmetic_chat={'type': 'task', 'format': 'chat', **EASY},
         story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
-    chat = {**TEXT, 'format': 'chat'}
+    chat = {**TEXT, 'format': 'chat', 'max_tokens': 40}
     config.evaluations.update(
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
         arithmetic={**TEXT, 'task': {**EASY, 'operations': 2}},
@@ -76,49 +76,50 @@ def get_config(variant: str = '') -> ConfigDict:
     base_evaluations = ('bits_per_byte', 'arithmetic', 'wordgraph')
     judged = ('hard', 'hard_greedy')
     general = {'stdlib': 1.0}
-    better = {'stdlib': 0.4, 'arithmetic': 0.35, 'story': 0.25}
+    better = {'stdlib': 0.5, 'arithmetic': 0.25, 'story': 0.25}
 
     add_stage(
         config,
         'pretrain',
         'pretrain',
-        steps=520,
+        steps=450,
         batch_size=16,
         sequence_length=SHORT,
-        save_every=130,
+        save_every=150,
         mixture=((0.0, general),),
         evaluations=base_evaluations,
         optimizer={'learning_rate': 0.015, 'decay': 0.5},
     )
+    # Reasoning is learnt in many small steps: half the rows in twice the steps gave nearly twice the problems solved.
     midtrain: dict[str, Any] = {
-        'steps': 200,
-        'batch_size': 16,
+        'steps': 300,
+        'batch_size': 8,
         'sequence_length': SHORT,
         'save_every': 100,
         'evaluations': base_evaluations,
-        'optimizer': {'learning_rate': 0.01},
+        'optimizer': {'learning_rate': 0.008},
     }
     add_stage(config, 'midtrain', 'midtrain', parent='pretrain', mixture=((0.0, better),), **midtrain)
     sft: dict[str, Any] = {
         'parent': 'midtrain',
-        'steps': 140,
-        'batch_size': 16,
+        'steps': 180,
+        'batch_size': 8,
         'sequence_length': SHORT,
-        'mixture': ((0.0, {'instructions': 0.3, 'arithmetic_chat': 0.6, 'story_chat': 0.1}),),
-        'save_every': 70,
+        'mixture': ((0.0, {'instructions': 0.2, 'arithmetic_chat': 0.7, 'story_chat': 0.1}),),
+        'save_every': 90,
         'evaluations': ('chat_format', *judged, 'hard_half'),
-        'optimizer': {'learning_rate': 0.008},
+        'optimizer': {'learning_rate': 0.005},
     }
     add_stage(config, 'sft', 'sft', **sft)
     grpo: dict[str, Any] = {
         'task': HARD,
-        'steps': 60,
+        'steps': 80,
         'prompts': 32,
         'samples': 8,
         'batch_size': 256,
         'microbatches': 32,
         'sequence_length': SHORT,
-        'max_tokens': 64,
+        'max_tokens': 40,
         'save_every': 20,
         'evaluations': judged,
         # Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.

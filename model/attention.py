@@ -124,7 +124,8 @@ def attend_cached(
     Returns:
         Weights [B, G, N, S] on the cached tokens and [B, G, N, 1] on the new one, float32.
     """
-    past = jnp.einsum('bgnd,bsgd->bgns', query, cached, preferred_element_type=jnp.float32) * scale
+    # The cache stands on the left, as it lies: the other way around it would be transposed for every token.
+    past = jnp.einsum('bsgd,bgnd->bgsn', cached, query, preferred_element_type=jnp.float32).swapaxes(2, 3) * scale
     present = jnp.einsum('bgnd,bgd->bgn', query, new, preferred_element_type=jnp.float32)[..., None] * scale
     logits = jnp.concatenate([jnp.where(valid[:, None, None], past, MASKED), present], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from data.corpus import instructions, shared_line_share, standard_library
 from data.errors import InputError
 from data.packing import encode_record
-from data.sources import SAMPLE, open_source, sample_texts
+from data.sources import PROBLEMS, open_source, sample_texts
 from tests.text import small_tokenizer
 
 
@@ -88,18 +88,19 @@ class TestOpen:
             assert 2 <= len(string) <= 4 and [first, *rest.split()] == string and not rest.endswith(' ')
         assert list(sample_texts([record]))[0].split()
 
-    def test_texts_for_a_tokenizer(self, tmp_path):
-        write_lines(tmp_path / 'a.jsonl', [json.dumps({'prompt': 'a', 'completion': f'b{i}'}) for i in range(3)])
-        assert list(sample_texts(open_source({'type': 'jsonl', 'path': str(tmp_path / 'a.jsonl')}))) == [
-            'ab0',
-            'ab1',
-            'ab2',
-        ]
+    def test_texts_for_a_tokenizer(self, tmp_path, monkeypatch):
+        write_lines(tmp_path / 'a.jsonl', [json.dumps({'prompt': 'a', 'completion': f'b{i}'}) for i in range(9)])
+        source = open_source({'type': 'jsonl', 'path': str(tmp_path / 'a.jsonl')})
+        texts = list(sample_texts(source))
+        assert texts == list(sample_texts(source)) and sorted(texts) == [f'ab{i}' for i in range(9)] != texts
+        monkeypatch.setattr('data.sources.CHARACTERS', 10)  # of texts of three characters
+        assert list(sample_texts(source)) == texts[:4]
+        monkeypatch.undo()
         with pytest.raises(InputError, match='record 0 has .*tokens.*expected words'):
             list(sample_texts([{'tokens': [1, 2]}]))
         chats = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'chat'})
         texts = list(sample_texts(chats))
-        assert len(texts) == 2 * SAMPLE and texts[:2] == [message['content'] for message in chats[0]['messages']]
+        assert len(texts) == PROBLEMS and texts[0] == '\n'.join(message['content'] for message in chats[0]['messages'])
 
     @pytest.mark.parametrize(
         ('spec', 'message'),

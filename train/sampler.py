@@ -18,7 +18,7 @@ from model import cache as latent_cache
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
 
-WIDTHS = (64, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
+WIDTHS = (32, 128, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
 BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
 
 
