@@ -128,6 +128,21 @@ def test_changes_are_judged_by_their_intervals(workdir: Path) -> None:
     assert '<span class="soft">+25.0 points</span>' in page  # no interval: no verdict
 
 
+def test_changes_on_the_same_items_are_judged_in_pairs(workdir: Path) -> None:
+    """Intervals overlap widely, yet every tenth item got better and none worse."""
+    lineage = json.loads((workdir / 'lineage.json').read_text())
+    before, after = lineage['stages'][0], lineage['stages'][1]
+    scores = [0.0, 1.0] * 100
+    for item, value, own in (
+        (before, 0.5, scores),
+        (after, 0.55, [1.0 if i % 20 == 0 else x for i, x in enumerate(scores)]),
+    ):
+        item['evaluations'] = {'task': evaluation(value, value - 0.07, value + 0.07) | {'details': {'scores': own}}}
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    page = write_report(workdir).read_text()
+    assert '<span class="gain">+5.0 points</span> <span class="soft">(+2.0 to +8.0)</span>' in page
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / 'lineage.json').write_text('{"stages": [{"name": "pretrain"}]}')
     assert 'pretrain' in write_report(tmp_path).read_text('utf-8')

@@ -29,6 +29,7 @@ from train.command import command
 from train.host import prepare
 from train.rollout import chat_prompt
 from train.sampler import row_keys, sample_tokens
+from train.statistics import interval, pass_at_k
 
 Result = dict[str, Any]
 
@@ -47,22 +48,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     # Share of answers to chat questions that the stop token ended.
     'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
 }
-
-
-def interval(values: np.ndarray, weights: np.ndarray | None = None, resamples: int = 1000) -> tuple[float, float]:
-    """A 95% percentile bootstrap interval of the (weighted) mean over items, with a fixed seed."""
-    generator = np.random.default_rng(0)
-    weights = np.ones_like(values) if weights is None else weights
-    picks = generator.integers(0, len(values), (resamples, len(values)))
-    means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def pass_at_k(samples: int, right: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased pass@k of each item, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1)."""
-    missed = [math.comb(samples - int(c), k) / math.comb(samples, k) for c in right]
-    return 1.0 - np.array(missed)
 
 
 def evaluate(

@@ -14,14 +14,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.errors import InputError
 from train.figures import PALETTE, draw, metric_curves
+from train.statistics import interval
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
 KINDS = {
     'pretrain': 'Learns language from raw text: predict every next token. Nearly all knowledge comes from here.',
-    'midtrain': 'Anneals on better data: the learning rate falls to zero on a mixture with worked reasoning, at a '
-    'longer context.',
+    'midtrain': 'Anneals on better data: the learning rate falls to zero on a mixture with worked reasoning, in some '
+    'runs at a longer context.',
     'sft': 'Supervised fine-tuning: learns the form of a conversation from examples; only what the assistant says is '
     'trained.',
     'grpo': 'Reinforcement learning with verifiable rewards: the model attempts problems, a program checks the '
@@ -124,8 +127,9 @@ def _page(
         _section(
             'Held-out results',
             _results(stages),
-            'Measured on data no stage was trained on. Below each value: its confidence interval where known, and the '
-            'change from the parent stage, in colour where the two intervals do not overlap.',
+            'Measured on data no stage was trained on. Below each value: its 95% confidence interval where known, and '
+            'the change from the parent stage, with an interval of its own where both answered the same items; in '
+            'colour where that leaves out 0, or, without one, where the two intervals do not overlap.',
         ),
         *_figures(metrics, colours),
         _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
@@ -211,7 +215,10 @@ def _column_note(column: str, all_evaluations: Any) -> str:
 
 
 def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) -> str:
-    """A cell: the value, its interval, and the change from the parent's value."""
+    """A cell: the value, its interval, and the change from the parent's value.
+
+    Where both keep the scores of the same items, the change has an interval of its own (a paired bootstrap).
+    """
     if not result or result.get('value') is None:
         return '<td class="soft">–</td>'
     unit = str(result.get('unit') or '')
@@ -221,17 +228,21 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         cell += f'<br><span class="soft">{_text(_value(low, unit))} to {_text(_value(high, unit))}</span>'
     if parent and parent.get('value') is not None:
         change = value - parent['value']
-        sign = '+' if change >= 0 else '−'
-        kind = _verdict(change, (low, high), (parent.get('low'), parent.get('high')), result.get('direction'))
-        cell += f'<br><span class="{kind}">{sign}{_text(_change(abs(change), unit))}</span>'
+        mine, theirs = (x.get('details', {}).get('scores') or [] for x in (result, parent))
+        note = ''
+        if len(mine) == len(theirs) > 0:
+            bounds = interval(np.subtract(mine, theirs))
+            certain = bounds[0] > 0 or bounds[1] < 0
+            note = f' <span class="soft">({" to ".join(_text(_signed(bound, unit)) for bound in bounds)})</span>'
+        else:
+            certain = None not in (low, high, parent.get('low'), parent.get('high')) and (
+                low > parent['high'] or high < parent['low']
+            )
+        better = (change > 0) == (result.get('direction') != 'lower')
+        kind = ('gain' if better else 'loss') if certain else 'soft'
+        points = ' points' if unit == 'share' else ''
+        cell += f'<br><span class="{kind}">{_text(_signed(change, unit))}{points}</span>{note}'
     return f'<td>{cell}</td>'
-
-
-def _verdict(change: float, mine: tuple[Any, Any], theirs: tuple[Any, Any], direction: Any) -> str:
-    """Class of a change: `gain` or `loss` where intervals are known and apart, else `soft`."""
-    if None in mine or None in theirs or (mine[0] <= theirs[1] and theirs[0] <= mine[1]):
-        return 'soft'
-    return 'gain' if (change > 0) == (direction != 'lower') else 'loss'
 
 
 def _figures(metrics: Mapping[str, list[dict[str, Any]]], colours: Mapping[str, str]) -> list[str]:
@@ -315,8 +326,9 @@ def _value(value: float, unit: str) -> str:
     return f'{value:.4g}{unit}' if unit == '%' else f'{value:.4g} {unit}'.strip()
 
 
-def _change(value: float, unit: str) -> str:
-    return f'{100 * value:.1f} points' if unit == 'share' else _value(value, unit)
+def _signed(change: float, unit: str) -> str:
+    size = f'{100 * abs(change):.1f}' if unit == 'share' else _value(abs(change), unit)
+    return ('+' if change >= 0 else '−') + size
 
 
 def _short(number: float) -> str:

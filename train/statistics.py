@@ -1,0 +1,23 @@
+"""What a handful of items says about all of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def interval(values: np.ndarray, weights: np.ndarray | None = None, resamples: int = 1000) -> tuple[float, float]:
+    """A 95% percentile bootstrap interval of the (weighted) mean over items, with a fixed seed."""
+    generator = np.random.default_rng(0)
+    weights = np.ones_like(values) if weights is None else weights
+    picks = generator.integers(0, len(values), (resamples, len(values)))
+    means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def pass_at_k(samples: int, right: np.ndarray, k: int) -> np.ndarray:
+    """Unbiased pass@k of each item, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, equation 1)."""
+    missed = [math.comb(samples - int(c), k) / math.comb(samples, k) for c in right]
+    return 1.0 - np.array(missed)
