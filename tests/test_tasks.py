@@ -33,7 +33,7 @@ OPTIONS = [
 ]
 EVERY = pytest.mark.parametrize(('name', 'options'), OPTIONS)
 APPLY = {'+': operator.add, '-': operator.sub, '*': operator.mul}
-EQUATION = re.compile(r'(\d+) ([+*-]) (\d+) = (\d+)')
+EQUATION = re.compile(r'(\d+)([+*-])(\d+)=(\d+)')
 INDEX = st.integers(0, 2**40)
 
 
@@ -207,7 +207,7 @@ def test_arithmetic_is_right(index, operations, digits, max_value, split):
             assert not (isinstance(node.op, ast.Mult) and isinstance(right, ast.Mult))
         if isinstance(node, ast.Constant):
             assert 0 <= node.value < 10**digits
-    assert ast.unparse(tree) == expression
+    assert ast.unparse(tree).replace(' ', '') == expression
     for step in steps:
         left, sign, right, result = EQUATION.fullmatch(step).groups()
         assert APPLY[sign](int(left), int(right)) == int(result)
@@ -216,18 +216,18 @@ def test_arithmetic_is_right(index, operations, digits, max_value, split):
 def test_arithmetic_parts():
     task = get_task('arithmetic')
     tree = [[[3, '+', 4], '*', [6, '-', 1]], '-', 5]
-    prompt = Prompt('Compute (3 + 4) * (6 - 1) - 5.', '', '', {'tree': tree, 'answer': '30'})
+    prompt = Prompt('Compute (3+4)*(6-1)-5.', '', '', {'tree': tree, 'answer': '30'})
 
     def judge(completion):
         verdict = task.verify(prompt, completion)
         assert [completion[p.start : p.end] for p in verdict.parts] == [x for x in completion.split('\n') if '=' in x]
         return verdict.score, [part.score for part in verdict.parts]
 
-    assert judge('6 - 1 = 5\n3 + 4 = 7\n7 * 5 = 35\n35 - 5 = 30\nAnswer: 30') == (1, [1, 1, 1, 1])
+    assert judge('6-1=5\n3+4=7\n7*5=35\n35-5=30\nAnswer: 30') == (1, [1, 1, 1, 1])
     assert judge('Answer: 30') == (1, [])
-    assert judge('3 + 4 = 7\n3 + 4 = 7\nAnswer: 30') == (1, [1, 0])
-    assert judge('3 + 4 = 8\n8 * 5 = 40\nhm\n3 + 4 = 7\n40 - 5 = 35\nAnswer: 35') == (0, [0, 0, 1, 0])
-    assert judge('4 + 3 = 7\n2 + 2 = 4\n03 + 4 = 7\n3 + 4 = 7 = 7\nAnswer: 030') == (0, [0, 0, 0, 0])
+    assert judge('3+4=7\n3+4=7\nAnswer: 30') == (1, [1, 0])
+    assert judge('3+4=8\n8*5=40\nhm\n3+4=7\n40-5=35\nAnswer: 35') == (0, [0, 0, 1, 0])
+    assert judge('4+3=7\n2+2=4\n03+4=7\n3+4=7=7\nAnswer: 030') == (0, [0, 0, 0, 0])
 
 
 # Wordgraph
@@ -241,7 +241,7 @@ def test_wordgraph_is_right(index, operations, distractors, max_value):
     *steps, answer = prompt.reference.split('\n')
     assert len(steps) == operations and len(prompt.info['steps']) == operations + distractors
     asked = re.search(r'How many (?:coins does )?(.+?) (?:are there|have)\?$|How \w+ is the (.+)\?$', prompt.text)
-    assert steps[-1].startswith(f'{asked[1] or asked[2]} = ') and answer == f'Answer: {steps[-1].split(" = ")[-1]}'
+    assert steps[-1].startswith(f'{asked[1] or asked[2]} = ') and answer == f'Answer: {steps[-1].split("=")[-1]}'
     for step in prompt.info['steps']:
         left, sign, right, result = EQUATION.search(step['line']).groups()
         assert APPLY[sign](int(left), int(right)) == int(result) and 0 <= int(result) <= max_value
@@ -257,20 +257,20 @@ def test_wordgraph_wants_every_step(index, operations, distractors, data):
     prompt = task.prompt(index)
     *steps, answer = prompt.reference.split('\n')
     at = data.draw(st.integers(0, operations - 1))
-    name, equation, result = steps[at].split(' = ')
-    left, sign, right = equation.split()
+    name, _, line = steps[at].partition(' = ')
+    left, sign, right, result = EQUATION.fullmatch(line).groups()
 
     def replaced(*new):
         return '\n'.join([*steps[:at], *new, *steps[at + 1 :], answer])
 
     wrong = [
         replaced(),
-        replaced(f'{name} = {equation} = {int(result) + 1}'),
-        replaced(f'{name} = {equation} = 0{result}'),
-        replaced(f'{name} = {int(left) + 1} {sign} {right} = {result}'),
-        replaced(f'purple hares = {equation} = {result}'),
+        replaced(f'{name} = {left}{sign}{right}={int(result) + 1}'),
+        replaced(f'{name} = {left}{sign}{right}=0{result}'),
+        replaced(f'{name} = {int(left) + 1}{sign}{right}={result}'),
+        replaced(f'purple hares = {line}'),
         replaced(steps[at], steps[at]),
-        replaced(steps[at], 'purple hares = 1 + 1 = 2'),
+        replaced(steps[at], 'purple hares = 1+1=2'),
         replaced(steps[at], 'So far so good.'),
         '\n'.join([*steps, f'Answer: {int(answer.split()[1]) + 1}']),
         '\n'.join(steps),
@@ -278,7 +278,7 @@ def test_wordgraph_wants_every_step(index, operations, distractors, data):
         '\n'.join([steps[-1], *steps[:-1], answer]) if prompt.info['steps'] else '',
     ]
     if left != right:
-        wrong.append(replaced(f'{name} = {right} {sign} {left} = {result}'))
+        wrong.append(replaced(f'{name} = {right}{sign}{left}={result}'))
     for completion in wrong:
         assert score(task, prompt, completion) == 0, completion
     verdict = task.verify(prompt, replaced())
@@ -383,7 +383,7 @@ def test_work_that_is_asked_for_must_be_there_and_right():
             [answer],
             [*steps[:-1], answer],
             [*steps[:2], f'{steps[2]}0', answer],
-            ['1 + 1 = 3', *steps, answer],
+            ['1+1=3', *steps, answer],
         ):
             assert score(task, prompt, '\n'.join(wrong)) == 0
     with pytest.raises(InputError, match='worked must be True or False'):

@@ -20,10 +20,11 @@ MAX_JUDGED_LINES = 256
 @register('arithmetic')
 @dataclass(kw_only=True)
 class Arithmetic(ProceduralTask):
-    """Compute an expression of `operations` operations on numbers of at most `digits` digits.
+    """Compute an expression like 2*(3+4) of `operations` operations on numbers of at most `digits` digits.
 
-    Every intermediate value lies in [0, max_value]. The score is that of the final answer alone; parts judge each
-    line with an equals sign: 1 if it is a legal reduction of what the earlier lines left, in any order, done right.
+    It is written without spaces, each of which would be a token. Every intermediate value lies in [0, max_value]. The
+    score is that of the final answer alone; parts judge each line with an equals sign: 1 if it is a legal reduction of
+    what the earlier lines left, in any order, done right.
     With `worked`, the answer must be worked out: a wrong or missing line scores nothing. Where few answers are common,
     a policy rewarded for the answer alone soon leaves out the work and guesses.
     """
@@ -113,7 +114,7 @@ def _reduce_all(tree: Tree, steps: list[str]) -> int:
         return tree
     left, operator, right = _reduce_all(tree[0], steps), tree[1], _reduce_all(tree[2], steps)
     value = _apply(left, operator, right)
-    steps.append(f'{left} {operator} {right} = {value}')
+    steps.append(f'{left}{operator}{right}={value}')
     return value
 
 
@@ -124,7 +125,7 @@ def _reduce(tree: Tree, step: str) -> Tree | None:
     left, operator, right = tree
     if isinstance(left, int) and isinstance(right, int):
         value = _apply(left, operator, right)
-        return value if step == f'{left} {operator} {right} = {value}' else None
+        return value if step == f'{left}{operator}{right}={value}' else None
     if (reduced := _reduce(left, step)) is not None:
         return [reduced, operator, right]
     if (reduced := _reduce(right, step)) is not None:
@@ -141,15 +142,15 @@ def _render(tree: Tree) -> str:
         before = f'({before})'
     if isinstance(right, list) and right[1] in '+-':
         after = f'({after})'
-    return f'{before} {operator} {after}'
+    return f'{before}{operator}{after}'
 
 
 def _canonical(tree: Tree) -> str:
-    """Equal for expressions that differ by commutation only, so that 3 + 4 and 4 + 3 land in one split."""
+    """Equal for expressions that differ by commutation only, so that 3+4 and 4+3 land in one split."""
     if isinstance(tree, int):
         return str(tree)
     left, operator, right = tree
     sides = [_canonical(left), _canonical(right)]
     if operator != '-':
         sides.sort()
-    return f'({sides[0]} {operator} {sides[1]})'
+    return f'({sides[0]}{operator}{sides[1]})'

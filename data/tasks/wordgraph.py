@@ -95,14 +95,14 @@ class Node:
     number: int = 0
 
     def equation(self, nodes: list['Node'], commuted: bool = False) -> str:
-        """Like `3 + 4 = 7`, in the order of the sentence or, with `commuted`, the same for 3 + 4 and 4 + 3."""
+        """Like `3+4=7`, in the order of the sentence or, with `commuted`, the same for 3+4 and 4+3."""
         terms = [nodes[i].value for i in self.operands]
         if len(terms) == 1:
             terms.append(self.number)
         operator = OPERATORS[self.kind]
         if commuted and operator != '-':
             terms.sort()
-        return f'{terms[0]} {operator} {terms[1]} = {self.value}'
+        return f'{terms[0]}{operator}{terms[1]}={self.value}'
 
 
 @register('wordgraph')
@@ -111,7 +111,7 @@ class WordGraph(ProceduralTask):
     """A random dependency graph of `operations` quantities to work out, all of them needed, told out of order.
 
     `distractors` more can be worked out but are not needed. Values lie in [0, max_value]. A completion has a line
-    `name = 3 + 4 = 7` for each needed quantity, operands in the order of the sentence and never before they are known
+    `name = 3+4=7` for each needed quantity, operands in the order of the sentence and never before they are known
     themselves, then the final answer. True lines about distractors do no harm.
     """
 
