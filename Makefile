@@ -16,7 +16,7 @@ pytest := JAX_PLATFORMS=cpu $(python) -m pytest
 .PHONY: help demo test test-slow lint clean cut-off
 
 help:
-	@echo 'make demo       train a small model through its whole life here (15 to 20 minutes) and write the report'
+	@echo 'make demo       train a small model through its whole life here (some 15 minutes) and write the report'
 	@echo 'make test       the fast tests'
 	@echo 'make test-slow  the other tests'
 	@echo 'make lint       style, formatting and types'
