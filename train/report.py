@@ -222,10 +222,11 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
     if not result or result.get('value') is None:
         return '<td class="soft">–</td>'
     unit = str(result.get('unit') or '')
+    short = unit if unit in ('share', '%') else ''  # a longer one is said once
     value, low, high = result['value'], result.get('low'), result.get('high')
     cell = f'<b>{_text(_value(value, unit))}</b>'
     if low is not None and high is not None:
-        cell += f'<br><span class="soft">{_text(_value(low, unit))} to {_text(_value(high, unit))}</span>'
+        cell += f'<br><span class="soft">{_text(_value(low, short))} to {_text(_value(high, short))}</span>'
     if parent and parent.get('value') is not None:
         change = value - parent['value']
         mine, theirs = (x.get('details', {}).get('scores') or [] for x in (result, parent))
@@ -233,7 +234,7 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         if len(mine) == len(theirs) > 0:
             bounds = interval(np.subtract(mine, theirs))
             certain = bounds[0] > 0 or bounds[1] < 0
-            note = f' <span class="soft">({" to ".join(_text(_signed(bound, unit)) for bound in bounds)})</span>'
+            note = f' <span class="soft">({" to ".join(_text(_signed(bound, short)) for bound in bounds)})</span>'
         else:
             certain = None not in (low, high, parent.get('low'), parent.get('high')) and (
                 low > parent['high'] or high < parent['low']
@@ -241,7 +242,7 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         better = (change > 0) == (result.get('direction') != 'lower')
         kind = ('gain' if better else 'loss') if certain else 'soft'
         points = ' points' if unit == 'share' else ''
-        cell += f'<br><span class="{kind}">{_text(_signed(change, unit))}{points}</span>{note}'
+        cell += f'<br><span class="{kind}">{_text(_signed(change, short))}{points}</span>{note}'
     return f'<td>{cell}</td>'
 
 
