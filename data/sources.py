@@ -20,7 +20,7 @@ from data.words import WORDS
 # A procedural task never runs out: any index below this is a problem.
 ENDLESS = 2**31
 PROBLEMS = 2500  # of a task that a tokenizer learns from
-CHARACTERS = 3_000_000  # of any other source; four times as many gave an encoding shorter by 0.1%
+CHARACTERS = 3_000_000  # of any other source; with all of them the demo's held-out text took 0.2% fewer tokens
 
 
 class Source(Protocol):

@@ -215,35 +215,40 @@ def _column_note(column: str, all_evaluations: Any) -> str:
 
 
 def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) -> str:
-    """A cell: the value, its interval, and the change from the parent's value.
-
-    Where both keep the scores of the same items, the change has an interval of its own (a paired bootstrap).
-    """
+    """A cell: the value, its interval, and the change from the parent's value."""
     if not result or result.get('value') is None:
         return '<td class="soft">–</td>'
     unit = str(result.get('unit') or '')
     short = unit if unit in ('share', '%') else ''  # a longer one is said once
-    value, low, high = result['value'], result.get('low'), result.get('high')
-    cell = f'<b>{_text(_value(value, unit))}</b>'
+    low, high = result.get('low'), result.get('high')
+    cell = f'<b>{_text(_value(result["value"], unit))}</b>'
     if low is not None and high is not None:
         cell += f'<br><span class="soft">{_text(_value(low, short))} to {_text(_value(high, short))}</span>'
     if parent and parent.get('value') is not None:
-        change = value - parent['value']
-        mine, theirs = (x.get('details', {}).get('scores') or [] for x in (result, parent))
-        note = ''
-        if len(mine) == len(theirs) > 0:
-            bounds = interval(np.subtract(mine, theirs))
+        change = result['value'] - parent['value']
+        bounds = _paired(result, parent)
+        if bounds:
             certain = bounds[0] > 0 or bounds[1] < 0
             note = f' <span class="soft">({" to ".join(_text(_signed(bound, short)) for bound in bounds)})</span>'
         else:
-            certain = None not in (low, high, parent.get('low'), parent.get('high')) and (
-                low > parent['high'] or high < parent['low']
-            )
+            certain, note = _apart(result, parent), ''
         better = (change > 0) == (result.get('direction') != 'lower')
         kind = ('gain' if better else 'loss') if certain else 'soft'
         points = ' points' if unit == 'share' else ''
         cell += f'<br><span class="{kind}">{_text(_signed(change, short))}{points}</span>{note}'
     return f'<td>{cell}</td>'
+
+
+def _paired(result: Mapping[str, Any], parent: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Interval of the change by a paired bootstrap, where both keep the scores of the same items."""
+    mine, theirs = (x.get('details', {}).get('scores') or [] for x in (result, parent))
+    return interval(np.subtract(mine, theirs)) if len(mine) == len(theirs) > 0 else None
+
+
+def _apart(result: Mapping[str, Any], parent: Mapping[str, Any]) -> bool:
+    """Whether both intervals are known and do not overlap."""
+    bounds: list[Any] = [x.get(side) for x in (result, parent) for side in ('low', 'high')]
+    return None not in bounds and (bounds[0] > bounds[3] or bounds[1] < bounds[2])
 
 
 def _figures(metrics: Mapping[str, list[dict[str, Any]]], colours: Mapping[str, str]) -> list[str]:
