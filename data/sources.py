@@ -7,7 +7,7 @@ before compute.
 
 import inspect
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from data import corpus
@@ -19,8 +19,6 @@ from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
 ENDLESS = 2**31
-PROBLEMS = 2500  # of a task that a tokenizer learns from
-CHARACTERS = 3_000_000  # of any other source; with all of them the demo's held-out text took 0.2% fewer tokens
 
 
 class Source(Protocol):
@@ -121,31 +119,6 @@ def open_source(spec: Any) -> Source:
         raise InputError(f'source {kind}: no records in it')
     source[0]
     return source
-
-
-def sample_texts(source: Source) -> Iterator[str]:
-    """Words of a source's records, to train a tokenizer on.
-
-    The first problems of an endless source; else records in a random order, the same each time, until they hold
-    CHARACTERS. Raises InputError for a record without words.
-    """
-    if getattr(source, 'endless', False):
-        order: Iterable[int] = range(min(len(source), PROBLEMS))
-    else:
-        order = random.Random(0).sample(range(len(source)), len(source))
-    read = 0
-    for i in order:
-        record = source[i]
-        if 'messages' in record:
-            words = '\n'.join(message['content'] for message in record['messages'])
-        elif fields := [field for field in ('text', 'prompt', 'completion') if field in record]:
-            words = ''.join(''.join(record[field]) for field in fields)  # of lists of strings as well
-        else:
-            raise InputError(f'record {i} has {sorted(record)}: expected words to train a tokenizer on')
-        yield words
-        read += len(words)
-        if read >= CHARACTERS:
-            return
 
 
 _TYPES: dict[str, Callable[..., Source]] = {

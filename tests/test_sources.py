@@ -12,7 +12,8 @@ from pyarrow import parquet
 from data.corpus import instructions, shared_line_share, standard_library
 from data.errors import InputError
 from data.packing import encode_record
-from data.sources import PROBLEMS, open_source, sample_texts
+from data.rows import PROBLEMS, Order, sample_texts
+from data.sources import open_source
 from tests.text import small_tokenizer
 
 
@@ -93,14 +94,15 @@ class TestOpen:
         source = open_source({'type': 'jsonl', 'path': str(tmp_path / 'a.jsonl')})
         texts = list(sample_texts(source))
         assert texts == list(sample_texts(source)) and sorted(texts) == [f'ab{i}' for i in range(9)] != texts
-        monkeypatch.setattr('data.sources.CHARACTERS', 10)  # of texts of three characters
+        monkeypatch.setattr('data.rows.CHARACTERS', 10)  # of texts of three characters
         assert list(sample_texts(source)) == texts[:4]
         monkeypatch.undo()
         with pytest.raises(InputError, match='record 0 has .*tokens.*expected words'):
             list(sample_texts([{'tokens': [1, 2]}]))
         chats = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'chat'})
         texts = list(sample_texts(chats))
-        assert len(texts) == PROBLEMS and texts[0] == '\n'.join(message['content'] for message in chats[0]['messages'])
+        first = Order('tokenizer', chats, 0)[0]
+        assert len(texts) == PROBLEMS and texts[0] == '\n'.join(message['content'] for message in first['messages'])
 
     @pytest.mark.parametrize(
         ('spec', 'message'),

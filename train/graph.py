@@ -15,7 +15,8 @@ import jax
 
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
-from data.sources import open_source, sample_texts
+from data.rows import sample_texts
+from data.sources import open_source
 from data.stream import Prefetch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig

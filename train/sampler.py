@@ -1,4 +1,7 @@
-"""Sampling: a prompt is prefilled once, its cache repeated for the group, and tokens drawn in one jitted loop."""
+"""Sampling: a prompt is prefilled once, its cache repeated for the group, and tokens drawn in one jitted loop.
+
+The two are compiled apart: a loop serves any number of prompts and samples that make the same number of rows.
+"""
 
 from __future__ import annotations
 
@@ -66,36 +69,52 @@ def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return token, jnp.take_along_axis(logprob, token[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'samples', 'max_tokens', 'greedy', 'stop'))
-def _generate(
+@functools.partial(jax.jit, static_argnames=('model', 'samples', 'slots'))
+def _prefill(
     model: Model,
     variables: Variables,
     prompts: jax.Array,
     lengths: jax.Array,
-    keys: jax.Array,
     temperature: jax.Array,
     samples: int,
-    max_tokens: int,
-    greedy: bool,
-    stop: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples [P * samples, max_tokens] tokens and log-probabilities, and how many of each row count.
+    slots: int,
+) -> tuple[latent_cache.Cache, jax.Array]:
+    """Reads each prompt once: a cache of `slots` slots and the next token's logits, for `samples` rows a prompt.
 
-    prompts: int32 [P, S], padded on the right; lengths: int32 [P]; keys: one a sampled row.
+    prompts: int32 [P, S], padded on the right; lengths: int32 [P].
     """
-    slots = prompts.shape[1]
-    real = (jnp.arange(slots)[None] < lengths[:, None]).astype(jnp.int32)
+    real = (jnp.arange(prompts.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
     output = model.apply(variables, prompts, segments=real, temperature=temperature)
     final = dataclasses.replace(output, hidden=jnp.take_along_axis(output.hidden, lengths[:, None, None] - 1, axis=1))
-    cache = latent_cache.repeated(latent_cache.grown(output.entries, slots + max_tokens), samples)
-    logits = jnp.repeat(final.logits[:, 0], samples, axis=0)
-    lengths = jnp.repeat(lengths, samples)
-    rows = lengths.shape[0]
+    cache = latent_cache.repeated(latent_cache.grown(output.entries, slots), samples)
+    return cache, jnp.repeat(final.logits[:, 0], samples, axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'stop'), donate_argnames='cache')
+def _decode(
+    model: Model,
+    variables: Variables,
+    cache: latent_cache.Cache,
+    logits: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array,
+    greedy: jax.Array,
+    max_tokens: int,
+    stop: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Samples [rows, max_tokens] tokens and log-probabilities, and how many of each row count.
+
+    cache: of `_prefill`, with max_tokens slots behind those of the prompts; logits: [rows, V]; lengths: int32 [rows],
+    of the prompts; keys: one a row; greedy: bool, not static, so that sampling of either kind compiles once.
+    """
+    rows, total = logits.shape[0], next(iter(cache.values())).shape[2]
+    slots = total - max_tokens
 
     def choose(logits: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(rows, jnp.float32)
-        return draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index))
+        token, logprob = draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index))
+        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(greedy, likeliest, token), jnp.where(greedy, 0.0, logprob)
 
     def step(carry: Any) -> Any:
         index, logits, cache, done, tokens, logprobs = carry
@@ -104,7 +123,7 @@ def _generate(
         tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
         logprobs = lax.dynamic_update_slice_in_dim(logprobs, jnp.where(done, 0.0, logprob)[:, None], index, axis=1)
         done = done | (token == stop)
-        slot = jnp.arange(slots + max_tokens)[None]
+        slot = jnp.arange(total)[None]
         valid = (slot < lengths[:, None]) | ((slot >= slots) & (slot < slots + index))
         position = (lengths + index)[:, None]
         live = jnp.where(done, 0, 1)[:, None]
@@ -164,17 +183,19 @@ def sample_tokens(
         for row, i in enumerate(filled):
             block[row, : len(prompts[i])] = prompts[i]
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
+        divisor = np.float32(temperature or 1.0)
+        cache, logits = _prefill(model, variables, block, lengths, divisor, samples=samples, slots=width + max_tokens)
         tokens, logprobs, counts = jax.device_get(
-            _generate(
+            _decode(
                 model,
                 variables,
-                block,
-                lengths,
+                cache,
+                logits,
+                lengths.repeat(samples),
                 keys[np.array(filled)].reshape(-1),
-                np.float32(temperature or 1.0),
-                samples=samples,
+                divisor,
+                np.bool_(not temperature),
                 max_tokens=max_tokens,
-                greedy=not temperature,
                 stop=tokenizer.end_id,
             )
         )
