@@ -58,17 +58,18 @@ def get_config(variant: str = '') -> ConfigDict:
         arithmetic_chat={'type': 'task', 'format': 'chat', **EASY},
         story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
-    chat = {**TEXT, 'format': 'chat', 'max_tokens': 32}
+    # Of one shape, 256 answers of 32 tokens, as in reinforcement learning: one compiled sampler serves all of these.
+    short = {**TEXT, 'items': 256, 'max_tokens': 32}
+    chat = {**short, 'format': 'chat'}
     config.evaluations.update(
         bits_per_byte={'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}, 'length': SHORT},
-        arithmetic={**TEXT, 'task': {**EASY, 'operations': 2}},
+        arithmetic={**short, 'task': {**EASY, 'operations': 2}},
         wordgraph={**TEXT, 'task': STORY},
         chat_format={
             'type': 'stopped',
             'source': {'type': 'stdlib_instructions', 'split': 'heldout'},
             'max_tokens': SHORT,
         },
-        # As many at a time as in reinforcement learning, so that one compiled sampler serves all.
         hard={**chat, 'task': HARD, 'samples': 8, 'temperature': 1.0},
         hard_half={**chat, 'task': HARD, 'samples': 8, 'temperature': 0.5},
         hard_greedy={**chat, 'task': HARD},

@@ -123,7 +123,8 @@ def test_a_window_that_is_a_token_longer_is_scored_once(model: Any, tmp_path: Pa
 
 def test_task_accuracy_counts_what_stopped_and_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answerer in the sampler's place: of four answers a problem, problem i gets i % 5 right; one never stops."""
-    task = get_task(split='heldout', **TASK)
+    wide = {'name': 'arithmetic', 'operations': 3, 'digits': 3, 'max_value': 999}
+    task = get_task(split='heldout', **wide)
 
     def answerer(*given: Any, samples: int, **settings: Any) -> list[list[Completion]]:
         groups = []
@@ -135,7 +136,7 @@ def test_task_accuracy_counts_what_stopped_and_is_right(monkeypatch: pytest.Monk
         return groups
 
     monkeypatch.setattr(module, 'sample_tokens', answerer)
-    spec = {'type': 'task', 'task': TASK, 'items': 10, 'samples': 4, 'temperature': 1.0}
+    spec = {'type': 'task', 'task': wide, 'items': 10, 'samples': 4, 'temperature': 1.0}
     result = evaluate(None, {}, small_tokenizer(), spec)  # type: ignore[arg-type]
     assert result['value'] == pytest.approx(0.5)
     assert result['details']['pass@1'] == pytest.approx(0.5) and result['details']['pass@4'] == pytest.approx(0.8)
@@ -165,6 +166,24 @@ def test_a_task_is_measured_on_its_heldout_split(model: Any) -> None:
     heldout = get_task(split='heldout', **TASK)
     assert [s['prompt'] for s in result['samples']] == [heldout.prompt(i).text for i in range(3)]
     assert measured(model, spec) == result
+
+
+def test_problems_are_different_and_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items that repeat one another would make the interval narrower than what was seen allows."""
+    asked: list[int] = []
+
+    def silent(*given: Any, **settings: Any) -> list[list[Completion]]:
+        asked.append(len(given[3]))
+        return [[Completion('', [1], [0.0], stopped=True)] for _ in given[3]]
+
+    monkeypatch.setattr(module, 'sample_tokens', silent)
+    heldout = get_task(split='heldout', **TASK)
+    known = {heldout.prompt(i).key for i in range(3000)}
+    assert 5 < len(known) < 40  # there are few, and many of the first 40 are the same
+    for items in (5, 40):
+        spec = {'type': 'task', 'task': TASK, 'items': items}
+        result = evaluate(None, {}, small_tokenizer(), spec)  # type: ignore[arg-type]
+        assert result['items'] == asked[-1] == min(items, len(known))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from data.chat import render_chat
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.sources import open_source
-from data.tasks import Task, get_task, task_names
+from data.tasks import Prompt, Task, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
@@ -33,8 +33,10 @@ from train.statistics import interval, pass_at_k
 
 Result = dict[str, Any]
 
+DRAWS = 16  # of problems for each item wanted, before a task is said to have no more
+
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # Share of problems of a task's held-out split answered rightly.
+    # Share of different problems of a task's held-out split answered rightly.
     'task': {
         'task': {},
         'format': 'chat',
@@ -93,9 +95,21 @@ def _heldout(spec: dict[str, Any]) -> Task:
     return get_task(options.pop('name', ''), split='heldout', **options)
 
 
+def _problems(task: Task, count: int) -> list[Prompt]:
+    """The first `count` different problems, as a repeated one would make intervals too narrow; fewer where a task's
+    options leave fewer."""
+    different: dict[str, Prompt] = {}
+    for index in range(DRAWS * count):
+        prompt = task.prompt(index)
+        different.setdefault(prompt.key, prompt)
+        if len(different) == count:
+            break
+    return list(different.values())
+
+
 def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
     task = _heldout(spec)
-    prompts = [task.prompt(index) for index in range(spec['items'])]
+    prompts = _problems(task, spec['items'])
     if spec['format'] == 'chat':
         tokens = [chat_prompt(prompt, tokenizer) for prompt in prompts]
     else:

@@ -69,7 +69,7 @@ def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     return token, jnp.take_along_axis(logprob, token[:, None], axis=-1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'samples', 'slots'))
+@functools.partial(jax.jit, static_argnames=('model', 'samples'))
 def _prefill(
     model: Model,
     variables: Variables,
@@ -77,24 +77,22 @@ def _prefill(
     lengths: jax.Array,
     temperature: jax.Array,
     samples: int,
-    slots: int,
 ) -> tuple[latent_cache.Cache, jax.Array]:
-    """Reads each prompt once: a cache of `slots` slots and the next token's logits, for `samples` rows a prompt.
+    """Reads each prompt once: its cache entries and the next token's logits, `samples` times each.
 
     prompts: int32 [P, S], padded on the right; lengths: int32 [P].
     """
     real = (jnp.arange(prompts.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
     output = model.apply(variables, prompts, segments=real, temperature=temperature)
     final = dataclasses.replace(output, hidden=jnp.take_along_axis(output.hidden, lengths[:, None, None] - 1, axis=1))
-    cache = latent_cache.repeated(latent_cache.grown(output.entries, slots), samples)
-    return cache, jnp.repeat(final.logits[:, 0], samples, axis=0)
+    return latent_cache.repeated(output.entries, samples), jnp.repeat(final.logits[:, 0], samples, axis=0)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'stop'), donate_argnames='cache')
+@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'stop'))
 def _decode(
     model: Model,
     variables: Variables,
-    cache: latent_cache.Cache,
+    entries: latent_cache.Cache,
     logits: jax.Array,
     lengths: jax.Array,
     keys: jax.Array,
@@ -105,11 +103,12 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples [rows, max_tokens] tokens and log-probabilities, and how many of each row count.
 
-    cache: of `_prefill`, with max_tokens slots behind those of the prompts; logits: [rows, V]; lengths: int32 [rows],
-    of the prompts; keys: one a row; greedy: bool, not static, so that sampling of either kind compiles once.
+    entries, logits: of `_prefill`; lengths: int32 [rows], of the prompts; keys: one a row; greedy: bool, not static, so
+    that sampling of either kind compiles once.
     """
-    rows, total = logits.shape[0], next(iter(cache.values())).shape[2]
-    slots = total - max_tokens
+    rows, slots = logits.shape[0], next(iter(entries.values())).shape[2]
+    total = slots + max_tokens
+    cache = latent_cache.grown(entries, total)
 
     def choose(logits: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         token, logprob = draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index))
@@ -184,12 +183,12 @@ def sample_tokens(
             block[row, : len(prompts[i])] = prompts[i]
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
         divisor = np.float32(temperature or 1.0)
-        cache, logits = _prefill(model, variables, block, lengths, divisor, samples=samples, slots=width + max_tokens)
+        entries, logits = _prefill(model, variables, block, lengths, divisor, samples=samples)
         tokens, logprobs, counts = jax.device_get(
             _decode(
                 model,
                 variables,
-                cache,
+                entries,
                 logits,
                 lengths.repeat(samples),
                 keys[np.array(filled)].reshape(-1),
