@@ -178,7 +178,7 @@ def test_problems_are_different_and_as_many_as_there_are(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(module, 'sample_tokens', silent)
     heldout = get_task(split='heldout', **TASK)
-    known = {heldout.prompt(i).key for i in range(3000)}
+    known = {heldout.prompt(i).text for i in range(3000)}
     assert 5 < len(known) < 40  # there are few, and many of the first 40 are the same
     for items in (5, 40):
         spec = {'type': 'task', 'task': TASK, 'items': items}

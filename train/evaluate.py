@@ -101,7 +101,7 @@ def _problems(task: Task, count: int) -> list[Prompt]:
     different: dict[str, Prompt] = {}
     for index in range(DRAWS * count):
         prompt = task.prompt(index)
-        different.setdefault(prompt.key, prompt)
+        different.setdefault(prompt.text, prompt)
         if len(different) == count:
             break
     return list(different.values())
