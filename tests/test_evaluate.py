@@ -164,7 +164,8 @@ def test_a_task_is_measured_on_its_heldout_split(model: Any) -> None:
     result = measured(model, spec)
     assert result['metric'] == 'accuracy (greedy)' and result['value'] == 0.0 and result['items'] == 3
     heldout = get_task(split='heldout', **TASK)
-    assert [s['prompt'] for s in result['samples']] == [heldout.prompt(i).text for i in range(3)]
+    different = list(dict.fromkeys(heldout.prompt(i).text for i in range(20)))
+    assert [s['prompt'] for s in result['samples']] == different[:3]
     assert measured(model, spec) == result
 
 
