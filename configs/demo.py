@@ -14,7 +14,7 @@ from configs.base import add_stage, base
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
 
 # Difficulty, fixed here and nowhere else: what mid-training and fine-tuning show, and what reinforcement learning is
-# judged at: the longest of these, by the final answer alone.
+# judged at: the longest of these.
 EASY: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 3), 'digits': 1, 'max_value': 10}
 HARD: dict[str, Any] = {**EASY, 'operations': 3}
 STORY: dict[str, Any] = {'name': 'wordgraph', 'operations': (1, 2), 'max_value': 10}
@@ -56,7 +56,6 @@ def get_config(variant: str = '') -> ConfigDict:
         arithmetic={'type': 'task', 'format': 'completion', **EASY},
         story={'type': 'task', 'format': 'completion', **STORY},
         arithmetic_chat={'type': 'task', 'format': 'chat', **EASY},
-        arithmetic_terse={'type': 'task', 'format': 'chat', 'terse': True, **EASY},
         story_chat={'type': 'task', 'format': 'chat', **STORY},
     )
     # Of one shape, 256 answers of 32 tokens, as in reinforcement learning: one compiled sampler serves all of these.
@@ -102,16 +101,13 @@ def get_config(variant: str = '') -> ConfigDict:
         'optimizer': {'learning_rate': 0.008},
     }
     add_stage(config, 'midtrain', 'midtrain', parent='pretrain', mixture=((0.0, better),), **midtrain)
-    answers = {'instructions': 0.2, 'arithmetic_chat': 0.4, 'arithmetic_terse': 0.3, 'story_chat': 0.1}
-    # As in the chats people collect, some answers show their work and more do not. Whether work pays, nobody tells the
-    # model before reinforcement learning.
     sft: dict[str, Any] = {
         'parent': 'midtrain',
-        'steps': 160,
+        'steps': 120,
         'batch_size': 8,
         'sequence_length': SHORT,
-        'mixture': ((0.0, answers),),
-        'save_every': 80,
+        'mixture': ((0.0, {'instructions': 0.2, 'arithmetic_chat': 0.7, 'story_chat': 0.1}),),
+        'save_every': 60,
         'evaluations': ('chat_format', *judged, 'hard_half'),
         'optimizer': {'learning_rate': 0.005},
     }
@@ -121,6 +117,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'steps': 80,
         'prompts': 32,
         'samples': 8,
+        'temperature': 1.2,
         'batch_size': 256,
         'microbatches': 32,
         'sequence_length': SHORT,
@@ -141,17 +138,19 @@ def get_config(variant: str = '') -> ConfigDict:
         # What would the same steps have bought on the pre-training mixture alone?
         add_stage(config, 'midtrain_control', 'midtrain', parent='pretrain', mixture=((0.0, general),), **midtrain)
         _add_retrieval(config)
-        for seed in (1, 2):
-            add_stage(config, f'sft_{seed}', 'sft', seed=seed, **sft)
-            add_stage(config, f'grpo_{seed}', 'grpo', seed=seed, parent=f'sft_{seed}', **grpo)
+        # Twice the demo's steps of reinforcement learning, and as many for each control.
         for seed in (0, 1, 2):
             end = f'_{seed}' if seed else ''
+            if seed:
+                add_stage(config, f'sft{end}', 'sft', seed=seed, **sft)
             for arm, fields in (
+                ('long', {}),
                 ('format', {'reward': 'format'}),
                 ('random', {'reward': 'random'}),
                 ('rejection', {'algorithm': 'rejection'}),
             ):
-                add_stage(config, f'{arm}{end}', 'grpo', seed=seed, parent=f'sft{end}', **grpo, **fields)
+                longer = {**grpo, 'steps': 160, 'seed': seed, 'parent': f'sft{end}', **fields}
+                add_stage(config, f'{arm}{end}', 'grpo', **longer)
     return config
 
 

@@ -14,7 +14,7 @@ from data import corpus
 from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
-from data.tasks import get_task, split_answer
+from data.tasks import get_task
 from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
@@ -35,30 +35,23 @@ class TaskSource:
 
     endless = True
 
-    def __init__(self, name: str, split: str = 'train', format: str = 'text', terse: bool = False, **options: Any):
-        """`terse` answers have no work, only its result; `options` go to the task.
-
-        Raises InputError for an unknown task, split, option or format.
-        """
+    def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
+        """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
         if format not in ('text', 'completion', 'chat'):
             raise InputError(f'source task: format {format!r}: expected text, completion or chat')
         self.task = get_task(name, split=split, **options)
-        self._format, self._terse = format, terse
+        self._format = format
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Record:
         prompt = self.task.prompt(index)
-        answer = prompt.reference
-        work, final = split_answer(answer)
-        if self._terse and final is not None:
-            answer = answer[len(work) :]
         if self._format == 'text':
-            return {'text': f'{prompt.text}\n{answer}', 'key': prompt.key}
+            return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
         if self._format == 'completion':
-            return {'prompt': f'{prompt.text}\n', 'completion': answer, 'key': prompt.key}
-        messages = [{'role': 'user', 'content': prompt.text}, {'role': 'assistant', 'content': answer}]
+            return {'prompt': f'{prompt.text}\n', 'completion': prompt.reference, 'key': prompt.key}
+        messages = [{'role': 'user', 'content': prompt.text}, {'role': 'assistant', 'content': prompt.reference}]
         return {'messages': messages, 'key': prompt.key}
 
 
@@ -98,7 +91,7 @@ def open_source(spec: Any) -> Source:
 
       stdlib                        split, piece (characters a record; 0: whole files)
       stdlib_instructions           split
-      task                          name, split, format ('text', 'completion' or 'chat'), terse; the task's own options
+      task                          name, split, format ('text', 'completion' or 'chat'), and the task's own options
       repeats                       words, strings
       jsonl, arrayrecord, parquet   path (a file or a glob), field
       text                          path (a file, a folder or a glob): one document a file

@@ -80,15 +80,6 @@ class TestOpen:
         answer = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'completion'}))
         assert answer[5]['prompt'] + answer[5]['completion'] == text[5]['text']
 
-    def test_terse_answers_are_the_last_line_alone(self):
-        spec = {'type': 'task', 'name': 'arithmetic', 'operations': 3, 'format': 'chat'}
-        full, terse = open_source(spec)[7]['messages'], open_source({**spec, 'terse': True})[7]['messages']
-        assert full[0] == terse[0]
-        assert full[1]['content'].split('\n')[-1] == terse[1]['content'] and terse[1]['content'].startswith('Answer: ')
-        # What has no such line is its own result.
-        sudoku = {'type': 'task', 'name': 'sudoku', 'format': 'chat'}
-        assert open_source({**sudoku, 'terse': True})[7] == open_source(sudoku)[7]
-
     def test_repeats_show_each_string_and_ask_for_its_rest(self):
         source = open_source({'type': 'repeats', 'words': (2, 4), 'strings': 5})
         record = source[3]
