@@ -14,9 +14,9 @@ from configs.base import add_stage, base
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
 
 # Difficulty, fixed here and nowhere else: what mid-training and fine-tuning show, and what reinforcement learning is
-# judged at: the longest of these.
+# judged at: the longest of these, every step right. Few answers are possible, so the answer alone could be guessed.
 EASY: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 3), 'digits': 1, 'max_value': 10}
-HARD: dict[str, Any] = {**EASY, 'operations': 3}
+HARD: dict[str, Any] = {**EASY, 'operations': 3, 'worked': True}
 STORY: dict[str, Any] = {'name': 'wordgraph', 'operations': (1, 2), 'max_value': 10}
 
 # How the answers of a model that does not chat yet are evaluated.

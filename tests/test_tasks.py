@@ -373,6 +373,25 @@ def test_sudoku_takes_any_filling_and_says_which_rows_clash():
     assert [part.score for part in verdict.parts] == [1, 1, 1, 0]
 
 
+def test_work_that_is_asked_for_must_be_there_and_right():
+    task = get_task('arithmetic', operations=3, digits=1, max_value=10, worked=True)
+    lenient = get_task('arithmetic', operations=3, digits=1, max_value=10)
+    for index in range(20):
+        prompt = task.prompt(index)
+        assert prompt == lenient.prompt(index)
+        *steps, answer = prompt.reference.split('\n')
+        assert score(task, prompt, prompt.reference) == 1
+        for wrong in (
+            [answer],
+            [*steps[:-1], answer],
+            [*steps[:2], f'{steps[2]}0', answer],
+            ['1+1=3', *steps, answer],
+        ):
+            assert score(task, prompt, '\n'.join(wrong)) == 0
+    with pytest.raises(InputError, match='worked must be True or False'):
+        get_task('arithmetic', worked=1)
+
+
 # Needle
 
 

@@ -1,10 +1,11 @@
 """Arithmetic: reduce an expression over + - * one operation at a time."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, TypeAlias
 
+from data.errors import InputError
 from data.tasks import Part, ProceduralTask, Prompt, Verdict, final_answer, lines, register, split_answer, uniform
 
 # A number, or [left, operator, right]: lists, so that it survives a trip through JSON.
@@ -24,17 +25,22 @@ class Arithmetic(ProceduralTask):
     It is written without spaces, each of which would be a token. Every intermediate value lies in [0, max_value]. The
     score is that of the final answer alone; parts judge each line with an equals sign: 1 if it is a legal reduction of
     what the earlier lines left, in any order, done right.
+    With `worked`, the answer must be worked out: a wrong or missing line scores nothing. Where few answers are common,
+    a policy rewarded for the answer alone soon writes lines that lead nowhere, and guesses.
     """
 
     operations: tuple[int, int] = (1, 3)
     digits: int = 2
     max_value: int = 99
+    worked: bool = field(default=False, repr=False)  # no part of the seed: it changes the verdict, not the problem
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.operations = self._interval('operations', 1, 20)
         self._integer('digits', 1, 9)
         self._integer('max_value', 1, 10**9)
+        if type(self.worked) is not bool:
+            raise InputError(f'task {self.name!r}: worked must be True or False, got {self.worked!r}')
 
     def draw(self, rng: random.Random) -> tuple[str, Tree]:
         tree = self._grow(rng, uniform(rng, *self.operations), self.max_value)[0]
@@ -60,6 +66,8 @@ class Arithmetic(ProceduralTask):
                 parts.append(Part('step', float(reduced is not None), line.start, line.end))
         # Compared as text: '042', '42.0' and a million digits are all simply not '42'.
         answer = final_answer(completion)
+        if self.worked and (not isinstance(tree, int) or any(part.score < 1 for part in parts)):
+            return Verdict(0.0, tuple(parts), 'a wrong or missing step')
         if answer == prompt.info['answer']:
             return Verdict(1.0, tuple(parts))
         return Verdict(0.0, tuple(parts), 'no final answer' if answer is None else 'wrong answer')
