@@ -149,7 +149,7 @@ def get_config(variant: str = '') -> ConfigDict:
                 ('random', {'reward': 'random'}),
                 ('rejection', {'algorithm': 'rejection'}),
             ):
-                longer = {**grpo, 'steps': 160, 'seed': seed, 'parent': f'sft{end}', **fields}
+                longer = {**grpo, 'steps': 2 * grpo['steps'], 'seed': seed, 'parent': f'sft{end}', **fields}
                 add_stage(config, f'{arm}{end}', 'grpo', **longer)
     return config
 
