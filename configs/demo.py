@@ -114,7 +114,7 @@ def get_config(variant: str = '') -> ConfigDict:
     add_stage(config, 'sft', 'sft', **sft)
     grpo: dict[str, Any] = {
         'task': HARD,
-        'steps': 80,
+        'steps': 60,
         'prompts': 32,
         'samples': 8,
         'temperature': 1.2,
@@ -138,7 +138,7 @@ def get_config(variant: str = '') -> ConfigDict:
         # What would the same steps have bought on the pre-training mixture alone?
         add_stage(config, 'midtrain_control', 'midtrain', parent='pretrain', mixture=((0.0, general),), **midtrain)
         _add_retrieval(config)
-        # Twice the demo's steps of reinforcement learning, and as many for each control.
+        # More steps of reinforcement learning than the demo has time for, and as many for each control.
         for seed in (0, 1, 2):
             end = f'_{seed}' if seed else ''
             if seed:
@@ -149,7 +149,7 @@ def get_config(variant: str = '') -> ConfigDict:
                 ('random', {'reward': 'random'}),
                 ('rejection', {'algorithm': 'rejection'}),
             ):
-                longer = {**grpo, 'steps': 2 * grpo['steps'], 'seed': seed, 'parent': f'sft{end}', **fields}
+                longer = {**grpo, 'steps': 160, 'seed': seed, 'parent': f'sft{end}', **fields}
                 add_stage(config, f'{arm}{end}', 'grpo', **longer)
     return config
 
