@@ -108,7 +108,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'sequence_length': SHORT,
         'mixture': ((0.0, {'instructions': 0.2, 'arithmetic_chat': 0.7, 'story_chat': 0.1}),),
         'save_every': 60,
-        'evaluations': ('chat_format', *judged, 'hard_half'),
+        'evaluations': ('chat_format', *judged),
         'optimizer': {'learning_rate': 0.005},
     }
     add_stage(config, 'sft', 'sft', **sft)
@@ -135,6 +135,8 @@ def get_config(variant: str = '') -> ConfigDict:
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
     if variant == 'study':
+        # How sharp is the fine-tuned model? Half the temperature lies between sampling and greedy.
+        sft['evaluations'] = config.stages.sft.evaluations = ('chat_format', *judged, 'hard_half')
         # What would the same steps have bought on the pre-training mixture alone?
         add_stage(config, 'midtrain_control', 'midtrain', parent='pretrain', mixture=((0.0, general),), **midtrain)
         _add_retrieval(config)

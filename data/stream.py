@@ -10,7 +10,7 @@ segment.
 import atexit
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from data.errors import InputError
@@ -26,8 +26,13 @@ State = dict[str, Any]
 class Stream(Protocol):
     """What the train loop takes batches from. The state is JSON-able and immutable, and belongs to that batch.
 
+    `rows` are the numbers, in the global batch, of the rows its batches hold: all, or those of this process.
+
     A stream whose `next` computes with the variables names that work in an attribute `work` ('sampling', say).
     """
+
+    @property
+    def rows(self) -> Sequence[int]: ...
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]: ...
 
@@ -48,7 +53,7 @@ class RowStream:
         steps: int,
         seed: int,
         split_documents: bool = True,
-        rows_here: range | None = None,
+        rows_here: Sequence[int] | None = None,
     ):
         """
         Args:
@@ -72,9 +77,9 @@ class RowStream:
         self._rows_total = rows
         self._length = sequence_length
         self._steps = steps
-        rows_here = range(rows) if rows_here is None else rows_here
+        self.rows: Sequence[int] = range(rows) if rows_here is None else rows_here
         orders = {name: Order(name, source, seed) for name, source in sources.items()}
-        self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents) for row in rows_here}
+        self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents) for row in self.rows}
         self._step = 0
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
@@ -107,6 +112,12 @@ class RowStream:
         return {'step': self._step, 'total_rows': self._rows_total, 'rows': rows}
 
 
+def merged(states: Sequence[State]) -> State:
+    """One state of the states that processes have for the rows they build; of any other kind all are alike."""
+    rows = {number: row for state in states for number, row in state.get('rows', {}).items()}
+    return {**states[0], 'rows': rows} if rows else states[0]
+
+
 def consumed(state: State) -> dict[str, int]:
     """Tokens so far by source, over the rows of a state of a `RowStream`."""
     return _totals(state, 'consumed')
@@ -133,6 +144,7 @@ class Prefetch:
 
     def __init__(self, stream: Stream, depth: int = 2):
         """`depth` is the number of batches to keep ready."""
+        self.rows = stream.rows
         self._stream = stream
         self._depth = depth
         self._thread: threading.Thread | None = None

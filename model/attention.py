@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from model.backend import platform
 from model.layers import Module, rotate, softmax_scale
-from model.sharding import constrain
+from model.sharding import constrain, per_device, splits
+from model.splash import splash_attention
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 
 Entries = dict[str, jax.Array]  # what one layer adds to the cache for the tokens it has just seen
 
+# Logical axes of arrays over tokens [B, T, D], and over tokens and heads [B, T, H, D].
+TOKENS, HEADS = ('batch', 'length', None), ('batch', 'length', 'heads', None)
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, scale: float) -> jax.Array:
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: tuple[jax.Array, jax.Array],
+    scale: float,
+    along: tuple[str, ...] = (),
+) -> jax.Array:
     """Causal attention within segments.
 
-    Queries are taken in chunks, each against the keys up to its own end, so that much of the masked upper half of the
-    logits is never computed. The backward pass has the outputs and the log of each softmax's sum to go by and computes
-    the weights again (Dao et al. 2022, section 3.1): memory grows linearly in length.
-
     Args:
-        query: [B, T, H, D]; key: [B, T, G, D]; value: [B, T, G, V]; G divides H, H / G query heads share a key head.
-        segments: int32 [B, T]; tokens see earlier tokens of their own segment alone.
+        query: [B, T, H, D]; key: [B, S, G, D]; value: [B, S, G, V]; G divides H, H / G query heads share a key head.
+        segments: int32 [B, T] of the queries and [B, S] of the keys; tokens see earlier tokens of their own segment
+            alone.
         scale: factor on the logits.
+        along: the mesh axis over which the length is split: the queries are then this device's T of all S tokens. ():
+            they are all there are, and S is T.
 
     Returns:
         [B, T, H, V] in the dtype of `value`; the softmax is in float32.
     """
     batch, length, heads, width = query.shape
-    grouped = (query * scale).reshape(batch, length, key.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
-    mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    query = query * scale
+    if platform() == 'tpu' and length % 128 == 0:
+        return splash_attention(query, key, value, segments, along)
+    grouped = query.reshape(batch, length, key.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
+    offset = lax.axis_index(along) * length if along else None
+    mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), *segments, offset)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-# Heads stand before tokens below, so that no quadratic array needs transposing: query [B, G, N, T, D], where N query
-# heads share each of G key heads; key [B, G, T, D]; value [B, G, T, V].
+# The way without a kernel. Queries are taken in chunks, each against the keys up to its own end, so that much of the
+# masked upper half of the logits is never computed (where the place of the queries is known only when the program
+# runs, each chunk takes all keys). The backward pass has the outputs and the log of each softmax's sum to go by and
+# computes the weights again (Dao et al. 2022, section 3.1): memory grows linearly in length.
+# Heads stand before tokens, so that no quadratic array needs transposing: query [B, G, N, T, D], where N query heads
+# share each of G key heads; key [B, G, S, D]; value [B, G, S, V].
 
 
-def _chunks(length: int) -> list[tuple[int, int]]:
+def _chunks(length: int, offset: jax.Array | None, keys: int) -> list[tuple[int, int, int]]:
+    """Start and end of each chunk of queries, and how many keys it may see at most."""
     size = 128 if length <= 512 else 256  # smaller ones skip more of the masked half, larger ones are fewer
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    ends = [(start, min(start + size, length)) for start in range(0, length, size)]
+    return [(start, end, end if offset is None else keys) for start, end in ends]
 
 
-def _logits(query: jax.Array, key: jax.Array, segments: jax.Array, start: int, end: int) -> jax.Array:
-    """Masked logits of queries `start` to `end` against the keys before `end`: [B, G, N * (end - start), end]."""
+def _logits(
+    query: jax.Array,
+    key: jax.Array,
+    segments: tuple[jax.Array, jax.Array],
+    offset: jax.Array | None,
+    chunk: tuple[int, int, int],
+) -> jax.Array:
+    """Masked logits of a chunk of queries against the keys it may see: [B, G, N * (end - start), keys]."""
+    start, end, seen = chunk
     shared = query.shape[2]
-    logits = _product('bgtd,bgsd->bgts', _rows(query, start, end), key[:, :, :end])
-    causal = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
-    mask = causal[None] & (segments[:, start:end, None] == segments[:, None, :end])
+    logits = _product('bgtd,bgsd->bgts', _rows(query, start, end), key[:, :, :seen])
+    place = jnp.arange(start, end)[:, None] + (0 if offset is None else offset)
+    causal = jnp.arange(seen)[None, :] <= place
+    mask = causal[None] & (segments[0][:, start:end, None] == segments[1][:, None, :seen])
     return jnp.where(jnp.tile(mask, (1, shared, 1))[:, None], logits, MASKED)
 
 
@@ -68,43 +101,57 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    return _attend_forward(query, key, value, segments)[0]
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    offset: jax.Array | None,
+) -> jax.Array:
+    return _attend_forward(query, key, value, query_segments, key_segments, offset)[0]
 
 
 def _attend_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    offset: jax.Array | None,
+) -> tuple[jax.Array, tuple[Any, ...]]:
     mixed, logsums = [], []
-    for start, end in _chunks(query.shape[3]):
-        logits = _logits(query, key, segments, start, end)
+    segments = query_segments, key_segments
+    for chunk in _chunks(query.shape[3], offset, key.shape[2]):
+        logits = _logits(query, key, segments, offset, chunk)
         largest = logits.max(-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = weights.sum(-1, keepdims=True)
-        out = _product('bgts,bgsv->bgtv', weights.astype(value.dtype), value[:, :, :end])
+        out = _product('bgts,bgsv->bgtv', weights.astype(value.dtype), value[:, :, : chunk[2]])
         mixed.append((out / total).astype(value.dtype))
         logsums.append(largest + jnp.log(total))
     output = _joined(mixed, query.shape[2])
-    return output, (query, key, value, segments, output, _joined(logsums, query.shape[2]))
+    return output, (query, key, value, segments, offset, output, _joined(logsums, query.shape[2]))
 
 
-def _attend_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    query, key, value, segments, output, logsums = saved
+def _attend_backward(saved: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    query, key, value, segments, offset, output, logsums = saved
     through = jnp.sum(gradient.astype(jnp.float32) * output, axis=-1, keepdims=True)
     d_query = []
-    # Transposed, [B, G, D, T]: so the quadratic arrays enter their products as they lie.
+    # Transposed, [B, G, D, S]: so the quadratic arrays enter their products as they lie.
     d_key = jnp.zeros(key.swapaxes(2, 3).shape, jnp.float32)
     d_value = jnp.zeros(value.swapaxes(2, 3).shape, jnp.float32)
-    for start, end in _chunks(query.shape[3]):
-        weights = jnp.exp(_logits(query, key, segments, start, end) - _rows(logsums, start, end))
+    for chunk in _chunks(query.shape[3], offset, key.shape[2]):
+        start, end, seen = chunk
+        weights = jnp.exp(_logits(query, key, segments, offset, chunk) - _rows(logsums, start, end))
         d_mixed = _rows(gradient, start, end)
-        d_weights = _product('bgtv,bgsv->bgts', d_mixed, value[:, :, :end])
+        d_weights = _product('bgtv,bgsv->bgts', d_mixed, value[:, :, :seen])
         d_logits = (weights * (d_weights - _rows(through, start, end))).astype(key.dtype)
-        d_query.append(_product('bgts,bgsd->bgtd', d_logits, key[:, :, :end]).astype(query.dtype))
-        d_key = d_key.at[..., :end].add(_product('bgtd,bgts->bgds', _rows(query, start, end), d_logits))
-        d_value = d_value.at[..., :end].add(_product('bgtv,bgts->bgvs', d_mixed, weights.astype(value.dtype)))
+        d_query.append(_product('bgts,bgsd->bgtd', d_logits, key[:, :, :seen]).astype(query.dtype))
+        d_key = d_key.at[..., :seen].add(_product('bgtd,bgts->bgds', _rows(query, start, end), d_logits))
+        d_value = d_value.at[..., :seen].add(_product('bgtv,bgts->bgvs', d_mixed, weights.astype(value.dtype)))
     d_key, d_value = d_key.swapaxes(2, 3).astype(key.dtype), d_value.swapaxes(2, 3).astype(value.dtype)
-    return _joined(d_query, query.shape[2]), d_key, d_value, None
+    return _joined(d_query, query.shape[2]), d_key, d_value, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -161,18 +208,17 @@ class LatentAttention(Module):
         down = x @ self.weight('kv_a_proj_with_mqa', (c.hidden_size, rank + c.qk_rope_head_dim), ('embed', None))
         latent = self.norm('kv_a_layernorm', down[..., :rank])
         k_rope = rotate(down[..., rank:], positions, c)
-        kv_up = self.weight('kv_b_proj', (rank, heads, nope + c.v_head_dim), ('embed', 'heads', None))
+        kv_up = self.weight('kv_b_proj', (rank, heads, nope + c.v_head_dim), ('embed', 'heads', None), cast=False)
         output = self.weight('o_proj', (heads, c.v_head_dim, c.hidden_size), ('heads', None, 'embed'), inputs=2)
         entries = {'latent': jnp.concatenate([latent, k_rope], axis=-1)}
 
         if cache is None:
-            expanded = constrain(jnp.einsum('btr,rhd->bthd', latent, kv_up), 'batch', 'length', 'heads', None)
-            shared = jnp.broadcast_to(k_rope[:, :, None], (*k_rope.shape[:2], heads, c.qk_rope_head_dim))
-            key = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
-            query = jnp.concatenate([q_nope, q_rope], axis=-1)
-            mixed = attend(query, key, expanded[..., nope:], segments, softmax_scale(c))
+            own = functools.partial(self._expand_and_attend, along=splits('length', x.shape[1]))
+            mix = per_device(own, (HEADS, TOKENS, TOKENS, (None, 'heads', None), TOKENS[:2]), 0)
+            mixed = mix(jnp.concatenate([q_nope, q_rope], axis=-1), latent, k_rope, kv_up, segments)
         else:
             assert valid is not None
+            kv_up = kv_up.astype(x.dtype)
             absorbed = jnp.einsum('bthd,rhd->bthr', q_nope, kv_up[..., :nope])
             query = jnp.concatenate([absorbed, q_rope], axis=-1)[
                 :, 0, None
@@ -184,6 +230,25 @@ class LatentAttention(Module):
             mixed = mixed + present[:, 0].astype(dtype) * latent
             mixed = jnp.einsum('bhr,rhv->bhv', mixed, kv_up[..., nope:])[:, None]
         return jnp.einsum('bthv,hvm->btm', mixed, output), entries
+
+    def _expand_and_attend(
+        self,
+        query: jax.Array,
+        latent: jax.Array,
+        k_rope: jax.Array,
+        kv_up: jax.Array,
+        segments: jax.Array,
+        along: tuple[str, ...],
+    ) -> jax.Array:
+        """One device's queries over all keys. Where the length is split, what the devices gather are the latents, some
+        hundred numbers a token (a ring would hide no more than that behind its many steps); each expands them."""
+        nope, keys = self.config.qk_nope_head_dim, segments
+        if along:
+            latent, k_rope, keys = (lax.all_gather(x, along, axis=1, tiled=True) for x in (latent, k_rope, segments))
+        expanded = jnp.einsum('btr,rhd->bthd', latent, kv_up.astype(latent.dtype))
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*expanded.shape[:3], k_rope.shape[-1]))
+        key = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
+        return attend(query, key, expanded[..., nope:], (segments, keys), softmax_scale(self.config), along)
 
 
 class GroupedQueryAttention(Module):
@@ -205,7 +270,8 @@ class GroupedQueryAttention(Module):
         value = project('v_proj', groups)
         output = self.weight('o_proj', (heads, width, c.hidden_size), ('heads', None, 'embed'), inputs=2)
         if cache is None:
-            mixed = attend(query, key, value, segments, softmax_scale(c))
+            own = functools.partial(self._attend, along=splits('length', x.shape[1]))
+            mixed = per_device(own, (HEADS, HEADS, HEADS, TOKENS[:2]), 0)(query, key, value, segments)
         else:
             assert valid is not None
             grouped = query[:, 0].reshape(-1, groups, heads // groups, width)
@@ -213,3 +279,11 @@ class GroupedQueryAttention(Module):
             mixed = jnp.einsum('bgns,bsgd->bgnd', past.astype(value.dtype), cache['value'])
             mixed = (mixed + present.astype(value.dtype) * value[:, 0, :, None]).reshape(-1, 1, heads, width)
         return jnp.einsum('bthv,hvm->btm', mixed, output), {'key': key, 'value': value}
+
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, along: tuple[str, ...]
+    ) -> jax.Array:
+        keys = segments
+        if along:
+            key, value, keys = (lax.all_gather(x, along, axis=1, tiled=True) for x in (key, value, segments))
+        return attend(query, key, value, (segments, keys), softmax_scale(self.config), along)

@@ -60,6 +60,9 @@ class ModelConfig:
     # How it is computed.
     dtype: str = 'float32'  # of activations and of weights as they are used; parameters are kept in float32
     gradient_dtype: str = 'float32'  # in which weights are gathered and their gradients cross the network
+    # Rows that a device sends another in one round of expert dispatch, as a multiple of the balanced number of all: a
+    # bound on memory. What is more goes into further rounds; no token is dropped.
+    round_capacity: float = 0.5
     remat: str = 'none'  # 'none', 'dots' (keep matmul results) or 'full' (recompute each block)
     scan_layers: bool = True
     head_chunk: int = 8192  # tokens whose logits exist at one time
@@ -112,6 +115,7 @@ class ModelConfig:
             expect(getattr(self, field) > 0, field, 'a positive number')
         expect(self.rope_dim % 2 == 0, 'qk_rope_head_dim' if self.attention == 'mla' else 'head_dim', 'an even number')
         expect(self.rope_factor >= 1, 'rope_factor', '1 (no YaRN) or more')
+        expect(self.round_capacity > 0, 'round_capacity', 'a positive number')
         expect(self.head_chunk > 0, 'head_chunk', 'a positive number of tokens')
         expect(self.num_nextn_predict_layers >= 0, 'num_nextn_predict_layers', '0 or more')
         if self.attention == 'gqa':

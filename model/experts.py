@@ -1,19 +1,19 @@
-"""Mixture of experts: the router, the dropless dispatch to sorted blocks, the grouped matmul, and load balancing."""
+"""Mixture of experts: the router, load balancing, and the layer that joins them with the experts."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from model.config import ModelConfig
+from model.dispatch import Exchange, run_experts, run_experts_apart
 from model.layers import FeedForward, Module
-from model.sharding import batch_axes
+from model.sharding import mesh_in_use, per_device, splits
 
 BLOCK = 128  # rows of one expert that are multiplied at a time
 Statistics = dict[str, jax.Array]
@@ -45,8 +45,19 @@ def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.
     return ids, weights * config.routed_scaling_factor
 
 
-def routing_statistics(scores: jax.Array, ids: jax.Array, segments: jax.Array, config: ModelConfig) -> Statistics:
+def routing_statistics(
+    scores: jax.Array,
+    ids: jax.Array,
+    segments: jax.Array,
+    config: ModelConfig,
+    axes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ()),
+) -> Statistics:
     """Loads and balance losses of one layer. Padding (segment 0) counts in none of them.
+
+    Args:
+        scores: float32 [B, T, E]; ids: int32 [B, T, k]; segments: int32 [B, T].
+        axes: mesh axes that split the rows and the length, where these are one device's shares of a batch. Results are
+            those of the whole batch: loads of a share would let the replicas' router biases drift apart.
 
     Returns:
         load: float32 [E], assignments over the global microbatch.
@@ -62,22 +73,29 @@ def routing_statistics(scores: jax.Array, ids: jax.Array, segments: jax.Array, c
     entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
     share = share * real[..., None]
 
+    def total(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+        return lax.psum(x, over) if over else x
+
+    everywhere = axes[0] + axes[1]
     batch, length = segments.shape
-    row = (jnp.arange(batch) * (length + 1))[:, None]
+    width = length * math.prod(lax.axis_size(axis) for axis in axes[1]) + 1  # a row's segments, and its padding
+    rooms = batch * width
+    row = (jnp.arange(batch) * width)[:, None]
 
     def per_segment(x: jax.Array) -> jax.Array:
         flat = x.reshape(batch * length, -1)
-        return jax.ops.segment_sum(flat, (row + segments).reshape(-1), num_segments=batch * (length + 1))
+        return total(jax.ops.segment_sum(flat, (row + segments).reshape(-1), num_segments=rooms), axes[1])
 
     tokens = jnp.maximum(per_segment(real), 1.0)
     fraction = per_segment(lax.stop_gradient(chosen)) * (experts / k) / tokens
-    load = chosen.sum((0, 1))
-    total = jnp.maximum(real.sum(), 1.0)
+    load = total(chosen.sum((0, 1)), everywhere)
+    count = jnp.maximum(total(real.sum(), everywhere), 1.0)
+    mass = total(share.sum((0, 1)), everywhere)
     return {
         'load': load,
-        'entropy': lax.stop_gradient(jnp.sum(entropy * real)),
-        'sequence_balance': jnp.sum(fraction * per_segment(share) / tokens),
-        'batch_balance': jnp.sum(lax.stop_gradient(load) * (experts / k) / total * share.sum((0, 1)) / total),
+        'entropy': lax.stop_gradient(total(jnp.sum(entropy * real), everywhere)),
+        'sequence_balance': total(jnp.sum(fraction * per_segment(share) / tokens), axes[0]),
+        'batch_balance': jnp.sum(lax.stop_gradient(load) * (experts / k) / count * mass / count),
     }
 
 
@@ -98,123 +116,6 @@ def updated_bias(bias: jax.Array, load: jax.Array, config: ModelConfig) -> jax.A
     return bias + config.bias_update_speed * sign
 
 
-# Grouped matmul. Rows are sorted by expert and every expert's rows padded to whole blocks, so a block has one expert.
-
-
-def plan_blocks(ids: jax.Array, experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Lays assignments out in blocks of one expert each; nothing is dropped at any skew.
-
-    Args:
-        ids: expert of each assignment, int32 [M]; the id `experts` means: computed by none.
-
-    Returns:
-        slot: int32 [M], the row of each assignment in the blocked layout (past its end for those computed by none).
-        source: int32 [blocks * block], the assignment in each row, M where there is none.
-        owner: int32 [blocks], the expert of each block; blocks: int32 [], how many are in use.
-    """
-    m = ids.shape[0]
-    blocks = -(-m // block) + min(experts, m)  # every expert may leave one block partly filled
-    counts = jnp.bincount(ids, length=experts + 1)[:experts]
-    used = -(-counts // block)
-    ends = jnp.cumsum(used)
-    order = jnp.argsort(ids, stable=True)
-    sorted_ids = ids[order]
-    start = jnp.append((ends - used) * block, blocks * block)  # first row of each expert
-    rank = jnp.arange(m) - jnp.append(jnp.cumsum(counts) - counts, counts.sum())[sorted_ids]
-    row = start[sorted_ids] + rank
-    slot = jnp.zeros(m, jnp.int32).at[order].set(row.astype(jnp.int32))
-    source = jnp.full(blocks * block, m, jnp.int32).at[row].set(order.astype(jnp.int32), mode='drop')
-    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side='right'), experts - 1)
-    return slot, source, owner.astype(jnp.int32), ends[-1].astype(jnp.int32)
-
-
-def grouped_matmul(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array) -> jax.Array:
-    """Multiplies each block of rows by its expert's matrix.
-
-    On CPU a loop over the blocks in use, with its own backward pass (`lax.ragged_dot` multiplies every row by every
-    expert there); elsewhere `lax.ragged_dot` over the padded groups.
-
-    Args:
-        rows: [len(owner) * block, D], sorted by expert; weights: [E, D, F]; owner, blocks: see `plan_blocks`.
-
-    Returns:
-        [len(owner) * block, F]; rows of unused blocks are zero.
-    """
-    if jax.default_backend() == 'cpu':
-        return _blocked_matmul(rows, weights, owner, blocks)
-    block = rows.shape[0] // owner.shape[0]
-    in_use = (jnp.arange(owner.shape[0]) < blocks).astype(jnp.int32) * block
-    sizes = jax.ops.segment_sum(in_use, owner, num_segments=weights.shape[0])
-    return lax.ragged_dot(rows, weights, sizes)
-
-
-@jax.custom_vjp
-def _blocked_matmul(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array) -> jax.Array:
-    return _multiply_blocks(rows, weights, owner, blocks, transposed=False)
-
-
-def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array, transposed: bool) -> Any:
-    block = rows.shape[0] // owner.shape[0]
-    width = weights.shape[1] if transposed else weights.shape[2]
-
-    def multiply(i: jax.Array, out: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(rows, i * block, block)
-        w = lax.dynamic_index_in_dim(weights, owner[i], keepdims=False)
-        y = lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())))
-        return lax.dynamic_update_slice_in_dim(out, y, i * block, 0)
-
-    return lax.fori_loop(0, blocks, multiply, jnp.zeros((rows.shape[0], width), rows.dtype))
-
-
-def _blocked_forward(rows: Any, weights: Any, owner: Any, blocks: Any) -> tuple[jax.Array, tuple[Any, ...]]:
-    return _blocked_matmul(rows, weights, owner, blocks), (rows, weights, owner, blocks)
-
-
-def _blocked_backward(saved: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
-    rows, weights, owner, blocks = saved
-    block = rows.shape[0] // owner.shape[0]
-
-    def accumulate(i: jax.Array, total: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(rows, i * block, block)
-        g = lax.dynamic_slice_in_dim(gradient, i * block, block)
-        product = jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
-        old = lax.dynamic_index_in_dim(total, owner[i], keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, old + product, owner[i], 0)
-
-    d_weights = lax.fori_loop(0, blocks, accumulate, jnp.zeros(weights.shape, jnp.float32))
-    d_rows = _multiply_blocks(gradient, weights, owner, blocks, transposed=True)
-
-    def nothing(x: jax.Array) -> np.ndarray:
-        return np.zeros(x.shape, jax.dtypes.float0)
-
-    return d_rows, d_weights.astype(weights.dtype), nothing(owner), nothing(blocks)
-
-
-_blocked_matmul.defvjp(_blocked_forward, _blocked_backward)
-
-
-def run_experts(
-    x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array, block: int
-) -> jax.Array:
-    """Sum over each token's experts of weight * down(silu(gate x) * up x).
-
-    Args:
-        x: [N, D]; ids: int32 [N, k], where the id E means no expert (padding); weights: [N, k].
-        gate_up: [E, D, 2F], gates first; down: [E, F, D].
-
-    Returns:
-        [N, D] in the dtype of x.
-    """
-    n, k = ids.shape
-    slot, source, owner, blocks = plan_blocks(ids.reshape(-1), gate_up.shape[0], block)
-    # Gathers with a row of zeros behind the last one: for empty rows here, for tokens without an expert below.
-    rows = jnp.concatenate([x, jnp.zeros_like(x[:1])])[jnp.minimum(source // k, n)]
-    gate, up = jnp.split(grouped_matmul(rows, gate_up, owner, blocks), 2, axis=-1)
-    out = grouped_matmul(jax.nn.silu(gate) * up, down, owner, blocks)
-    out = jnp.concatenate([out, jnp.zeros_like(out[:1])])[jnp.minimum(slot, out.shape[0])].reshape(n, k, -1)
-    return jnp.einsum('nkd,nk->nd', out, weights.astype(out.dtype))
-
-
 class MixtureOfExperts(Module):
     """Routed fine-grained experts beside shared ones (DeepSeekMoE, Dai et al. 2024)."""
 
@@ -228,35 +129,65 @@ class MixtureOfExperts(Module):
         scores = jax.nn.sigmoid(logits) if c.scoring_func == 'sigmoid' else jax.nn.softmax(logits, axis=-1)
         bias = self.variable('balance', 'bias', jnp.zeros, (experts,), jnp.float32).value
         ids, weights = route(scores, lax.stop_gradient(bias), c)
-        statistics = routing_statistics(scores, ids, segments, c)
+        axes = splits('batch', x.shape[0]), splits('length', x.shape[1])
+        token = ('batch', 'length', None)
+        count = per_device(
+            functools.partial(routing_statistics, config=c, axes=axes),
+            (token, token, ('batch', 'length')),
+            {'load': None, 'entropy': None, 'sequence_balance': None, 'batch_balance': None},
+        )
+        statistics = count(scores, ids, segments)
 
         wide, narrow = ('experts', 'expert_embed', 'mlp'), ('experts', 'mlp', 'expert_embed')
-        gate_proj = self.weight('experts_gate_proj', (experts, hidden, width), wide)
-        up_proj = self.weight('experts_up_proj', (experts, hidden, width), wide)
-        down_proj = self.weight('experts_down_proj', (experts, width, hidden), narrow)
+        gate_proj = self.weight('experts_gate_proj', (experts, hidden, width), wide, gather=False)
+        up_proj = self.weight('experts_up_proj', (experts, hidden, width), wide, gather=False)
+        down_proj = self.weight('experts_down_proj', (experts, width, hidden), narrow, gather=False)
         ids = jnp.where((segments > 0)[..., None], ids, experts)
-        # A small batch (a decoding step) is not padded to large blocks.
-        block = min(BLOCK, max(8, ids.size // (4 * experts)))
-
-        def local(
-            x: jax.Array, ids: jax.Array, weights: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array
-        ) -> jax.Array:
-            flat = run_experts(
-                x.reshape(-1, hidden),
-                ids.reshape(-1, ids.shape[-1]),
-                weights.reshape(-1, weights.shape[-1]),
-                jnp.concatenate([gate, up], axis=-1),
-                down,
-                block,
-            )
-            return flat.reshape(x.shape)
-
-        axes = batch_axes()
-        if axes:  # each device sorts and computes its own tokens
-            split, whole = PartitionSpec(axes), PartitionSpec()
-            specs = (split, split, split, whole, whole, whole)
-            local = jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)
-        out = local(x, ids, weights, gate_proj, up_proj, down_proj)
+        own = functools.partial(self._run, axes=axes, sizes=mesh_in_use())
+        run = per_device(own, (token, token, token, wide, wide, narrow), 0)
+        out = run(x, ids, weights, gate_proj, up_proj, down_proj)
         if c.n_shared_experts:
             out = out + FeedForward(c, width=width * c.n_shared_experts, name='shared_experts')(x)
         return out, statistics
+
+    def _run(
+        self,
+        x: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        down: jax.Array,
+        axes: tuple[tuple[str, ...], tuple[str, ...]],
+        sizes: dict[str, int],
+    ) -> jax.Array:
+        """One device's tokens through the experts; x [B, T, D], ids and weights [B, T, k]."""
+        c = self.config
+        flat = (x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1]))
+        block = block_rows(ids.size, c.n_routed_experts)
+        if not sizes:
+            wide, narrow = jnp.concatenate([gate, up], axis=-1).astype(c.dtype), down.astype(c.dtype)
+            return run_experts(*flat, wide, narrow, block).reshape(x.shape)
+        ways = sizes['expert']
+        fair = -(-ids.size // ways)
+        rows = min(ids.size, -(-int(fair * c.round_capacity) // 8) * 8 or 8)
+        exchange = Exchange(
+            over='expert' if ways > 1 else '',
+            ways=ways,
+            storage=('fsdp',) if down.shape[2] < c.hidden_size else (),
+            agree=tuple(dict.fromkeys((*axes[0], *axes[1], 'expert'))),
+            rows=rows,
+            block=block_rows(rows * ways, gate.shape[0]),
+            rounds=-(-fair // rows),
+            dtype=c.dtype,
+            gradient_dtype=c.gradient_dtype,
+        )
+        out = run_experts_apart(*flat, gate, up, down, exchange)
+        if down.shape[1] < c.moe_intermediate_size:
+            out = lax.psum(out, 'tensor')
+        return out.reshape(x.shape)
+
+
+def block_rows(assignments: int, experts: int) -> int:
+    """Rows of a block for so many assignments: a small batch (a decoding step) is not padded to large blocks."""
+    return min(BLOCK, max(8, assignments // (4 * experts)))

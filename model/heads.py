@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.sharding import per_device, splits
+
 Statistics = dict[str, jax.Array]
 
 
 def score(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array | float, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores target tokens under softmax(hidden . head / temperature), `chunk` tokens of logits at a time.
+    """Scores target tokens under softmax(hidden . head / temperature), `chunk` tokens of logits a device at a time.
 
-    Rows stay whole (they are what a mesh shards); a chunk is a span of columns. The backward pass computes
-    a chunk's logits again, so that those of one chunk are all that ever exists.
+    The backward pass computes a chunk's logits again, so that those of one chunk are all that ever exist. Each device
+    takes its own tokens, and its part of the vocabulary where that is split; the head's gradient is summed over chunks
+    and devices in the dtype of the head.
 
     Args:
         hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T]; chunk: tokens.
@@ -28,15 +31,29 @@ def score(
         float32 [B, T] each: log-probability of the target, entropy in nats, log partition function. Entropy and
         temperature carry no gradient.
     """
+    own = functools.partial(_score_chunks, chunk=chunk, vocabulary=splits('vocab', head.shape[0]))
+    axes = (('batch', 'length', None), ('vocab', None), ('batch', 'length'), ())
+    return per_device(own, axes, (2, 2, 2))(hidden, head, targets, jnp.asarray(temperature, jnp.float32))
+
+
+def _score_chunks(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    chunk: int,
+    vocabulary: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`score` of one device's tokens; a chunk is a span of columns."""
     batch, length, width = hidden.shape
     span = max(1, min(length, chunk // batch))
     while length % span:
         span -= 1
     if span == length:
-        return _score(hidden, head, targets, temperature)
+        return _score(hidden, head, targets, temperature, vocabulary)
 
     def step(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
-        return None, _score(x[0], head, x[1], temperature)
+        return None, _score(x[0], head, x[1], temperature, vocabulary)
 
     columns = hidden.reshape(batch, length // span, span, width).swapaxes(0, 1)
     _, out = lax.scan(step, None, (columns, targets.reshape(batch, length // span, span).swapaxes(0, 1)))
@@ -45,40 +62,63 @@ def score(
 
 
 def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    head = head.astype(hidden.dtype)
     return jnp.einsum('btd,vd->btv', hidden, head, preferred_element_type=jnp.float32) / temperature
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _score(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array | float
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array | float,
+    vocabulary: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`vocabulary`: the mesh axis that splits the rows of the head, () where all of them are here."""
     logits = _logits(hidden, head, temperature)
     largest = logits.max(-1, keepdims=True)
+    if vocabulary:
+        largest = lax.pmax(largest, vocabulary)
     shifted = logits - largest
     weights = jnp.exp(shifted)
-    total = weights.sum(-1)
+    total = _summed(weights.sum(-1), vocabulary)
     logsum = jnp.log(total)
-    picked = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    if vocabulary:
+        targets = targets - lax.axis_index(vocabulary) * head.shape[0]
+    here = (targets >= 0) & (targets < head.shape[0])
+    picked = jnp.take_along_axis(shifted, jnp.where(here, targets, 0)[..., None], axis=-1)[..., 0]
+    picked = _summed(jnp.where(here, picked, 0.0), vocabulary)
     # Entropy: -sum p log p with log p = shifted - logsum.
-    return picked - logsum, logsum - jnp.sum(weights * shifted, axis=-1) / total, logsum + largest[..., 0]
+    entropy = logsum - _summed(jnp.sum(weights * shifted, axis=-1), vocabulary) / total
+    return picked - logsum, entropy, logsum + largest[..., 0]
 
 
-def _score_forward(hidden: Any, head: Any, targets: Any, temperature: Any) -> tuple[Any, tuple[Any, ...]]:
-    out = _score(hidden, head, targets, temperature)
+def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return lax.psum(x, axes) if axes else x
+
+
+def _score_forward(
+    hidden: Any, head: Any, targets: Any, temperature: Any, vocabulary: tuple[str, ...]
+) -> tuple[Any, tuple[Any, ...]]:
+    out = _score(hidden, head, targets, temperature, vocabulary)
     return out, (hidden, head, targets, temperature, out[2])
 
 
-def _score_backward(saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, ...]:
+def _score_backward(
+    vocabulary: tuple[str, ...], saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
+) -> tuple[Any, ...]:
     """Logits again, and one pass over them: probability * (d partition - d logprob), plus d logprob at the target."""
     hidden, head, targets, temperature, partition = saved
-    d_logprob, _, d_partition = (x[..., None] for x in gradients)
+    # The results are the same on all devices that split the vocabulary: each has a share of their gradient.
+    d_logprob, _, d_partition = (_summed(x, vocabulary)[..., None] for x in gradients)
     probability = jnp.exp(_logits(hidden, head, temperature) - partition[..., None])
-    at_target = jnp.arange(head.shape[0])[None, None] == targets[..., None]
+    first = lax.axis_index(vocabulary) * head.shape[0] if vocabulary else 0
+    at_target = (jnp.arange(head.shape[0]) + first)[None, None] == targets[..., None]
     d_logits = (probability * (d_partition - d_logprob) + jnp.where(at_target, d_logprob, 0.0)) / temperature
     d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum('btv,vd->btd', d_logits, head)
+    d_hidden = jnp.einsum('btv,vd->btd', d_logits, head.astype(hidden.dtype))
     # As the transpose of what is wanted: it is the small factor that XLA:CPU then has to transpose.
-    d_head = jnp.einsum('btd,btv->dv', hidden, d_logits).T
+    d_head = jnp.einsum('btd,btv->dv', hidden, d_logits, preferred_element_type=jnp.float32).T.astype(head.dtype)
     return d_hidden, d_head, None, jnp.zeros_like(temperature)
 
 
@@ -100,7 +140,7 @@ class Output:
         hidden: normed last states [B, T, D].
         multi_token: normed states of the multi-token modules, [B, T, D] each; those of module k (from 1) at token t
             predict token t + k + 1.
-        head: [V, D], the language head (the embedding, where tied).
+        head: [V, D], the language head (the embedding, where tied), in the dtype its gradient is summed in.
         tokens, segments: int32 [B, T], what was read.
         temperature: float32 scalar that divides the logits.
         statistics: of the expert layers, stacked [layers, ...] (see `experts.routing_statistics`); empty if dense.

@@ -63,8 +63,13 @@ class Module(nn.Module):
         init: str = 'normal',
         role: str = 'matrix',
         gather: bool = True,
+        cast: bool = True,
     ) -> jax.Array:
-        """Returns the weight in the compute dtype, gathered for use (vectors and routers stay in float32)."""
+        """Returns the weight in the compute dtype, gathered for use (vectors and routers stay in float32).
+
+        With `gather` False it comes as it is stored: in float32, each device with its part. With `cast` False it is in
+        the dtype in which its gradient shall be summed over devices.
+        """
 
         def declare(key: jax.Array) -> Declared:
             # `init` runs under eval_shape alone: values come from sharding-aware initialisation (see transformer.py).
@@ -73,9 +78,10 @@ class Module(nn.Module):
         value: jax.Array = self.param(name, declare)  # type: ignore[assignment]
         dtype = jnp.float32 if role in ('vector', 'router', 'embedding') else jnp.dtype(self.config.dtype)
         if not gather:
-            return value.astype(dtype)
+            return value
         if self.config.gradient_dtype == 'float32':
-            return gathered(value, axes).astype(dtype)
+            value = gathered(value, axes)
+            return value.astype(dtype) if cast else value
         return gathered(value.astype(dtype), axes)
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:

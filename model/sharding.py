@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-MESH_AXES = ('data', 'fsdp', 'expert', 'tensor', 'context')
+# The first one crosses the network between slices of a pod, the last ones are next neighbours.
+MESH_AXES = ('slice', 'data', 'fsdp', 'expert', 'tensor', 'context')
 
 # Stored weights shard over (fsdp, expert) along `embed`; in use only the axes in KEPT stay (see `gathered`).
 RULES: dict[str, tuple[str, ...]] = {
-    'batch': ('data', 'fsdp', 'expert'),
+    'batch': ('slice', 'data', 'fsdp', 'expert'),
     'length': ('context',),
     'embed': ('fsdp', 'expert'),
     'expert_embed': ('fsdp',),
@@ -29,6 +32,9 @@ Axes = Sequence[str | None]
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Builds the mesh. `sizes` maps axis names to sizes (absent axes are 1); one of them may be -1: all that is left.
 
+    With `slice` above 1 on devices that know their slice (TPU pods joined by the data-centre network), the other axes
+    stay within one.
+
     Raises:
         ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
     """
@@ -43,19 +49,25 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if math.prod(shape) != len(devices):
         given = ' x '.join(f'{axis} {size}' for axis, size in zip(MESH_AXES, shape, strict=True))
         raise ValueError(f'mesh is {given} = {math.prod(shape)}: expected the {len(devices)} devices that there are')
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if shape[0] > 1 and getattr(devices[0], 'slice_index', None) is not None:
+        across = [shape[0]] + [1] * (len(shape) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], across, devices)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
 
 
 def partition_spec(shape: Sequence[int], axes: Axes, mesh_shape: Mapping[str, int]) -> PartitionSpec:
     """The spec of an array with the given logical axes; a mesh axis that does not divide its dimension is left out."""
-    entries: list[tuple[str, ...] | None] = []
-    for size, axis in zip(shape, axes, strict=True):
-        kept: list[str] = []
-        for mesh_axis in RULES.get(axis or '', ()):
-            if size % (math.prod(mesh_shape[a] for a in kept) * mesh_shape[mesh_axis]) == 0:
-                kept.append(mesh_axis)
-        entries.append(tuple(kept) or None)
-    return PartitionSpec(*entries)
+    return PartitionSpec(*(_splitting(size, axis, mesh_shape) or None for size, axis in zip(shape, axes, strict=True)))
+
+
+def _splitting(size: int, axis: str | None, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    kept: list[str] = []
+    for mesh_axis in RULES.get(axis or '', ()):
+        if size % (math.prod(mesh_shape[a] for a in kept) * mesh_shape[mesh_axis]) == 0:
+            kept.append(mesh_axis)
+    return tuple(kept)
 
 
 def named_sharding(mesh: jax.sharding.Mesh, shape: Sequence[int], axes: Axes) -> NamedSharding:
@@ -63,12 +75,22 @@ def named_sharding(mesh: jax.sharding.Mesh, shape: Sequence[int], axes: Axes) ->
     return NamedSharding(mesh, partition_spec(shape, axes, dict(mesh.shape)))
 
 
+def mesh_in_use() -> dict[str, int]:
+    """Sizes of the mesh axes; empty outside a mesh, on a single device, and where code is one device's already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual else dict(mesh.shape)
+
+
+def splits(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes in use (those larger than 1) that split a dimension of `size` with that logical axis."""
+    sizes = mesh_in_use()
+    return tuple(mesh_axis for mesh_axis in _splitting(size, axis, sizes) if sizes[mesh_axis] > 1) if sizes else ()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to keep an activation sharded by its logical axes; outside a mesh it does nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.are_all_axes_manual:
-        return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, dict(mesh.shape)))
+    sizes = mesh_in_use()
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, sizes)) if sizes else x
 
 
 def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
@@ -77,15 +99,27 @@ def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
     return constrain(weight, *used)
 
 
+def per_device(function: Callable[..., Any], arguments: Sequence[Axes], results: Any) -> Callable[..., Any]:
+    """`function` as each device runs it on its own shares, collectives and all; outside a mesh the function itself.
+
+    Args:
+        arguments: logical axes of each argument.
+        results: for each result (a tree of them where the function returns one) the number of the argument whose
+            dimensions are split alike, or None where the result is the same on every device.
+    """
+    sizes = mesh_in_use()
+    if not sizes:
+        return function
+
+    def call(*values: jax.Array) -> Any:
+        specs = tuple(partition_spec(x.shape, axes, sizes) for x, axes in zip(values, arguments, strict=True))
+        given = jax.tree.map(lambda n: PartitionSpec() if n is None else specs[n], results, is_leaf=lambda n: n is None)
+        return jax.shard_map(function, in_specs=specs, out_specs=given, check_vma=False)(*values)
+
+    return call
+
+
 def batch_ways() -> int:
     """How many parts a batch's rows are split into by the mesh in use; 1 outside a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in batch_axes())
-
-
-def batch_axes() -> tuple[str, ...]:
-    """Mesh axes over which a batch is split, for `shard_map`; empty outside a mesh or on a single device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return ()
-    return RULES['batch']
+    sizes = mesh_in_use()
+    return math.prod(sizes.get(axis, 1) for axis in RULES['batch'])

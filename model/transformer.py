@@ -122,9 +122,7 @@ class Transformer(Module):
                 statistics = {
                     key: jnp.concatenate([statistics[key], x]) if statistics else x for key, x in layer.items()
                 }
-        return Output(
-            hidden, tuple(ahead), head.astype(c.dtype), tokens, segments, temperature, statistics, joined, c.head_chunk
-        )
+        return Output(hidden, tuple(ahead), head, tokens, segments, temperature, statistics, joined, c.head_chunk)
 
     def stack(
         self,
@@ -208,7 +206,20 @@ class Model:
         return {'params': shapes['params'], 'balance': shapes.get('balance', {})}
 
     def shapes(self, mesh: jax.sharding.Mesh) -> Variables:
-        """The variables as ShapeDtypeStructs that carry their shardings on the mesh."""
+        """The variables as ShapeDtypeStructs that carry their shardings on the mesh.
+
+        Raises:
+            ValueError: heads or experts do not divide among the devices.
+        """
+        c = self.config
+        shares = [('num_attention_heads', 'tensor')]
+        shares += [('num_key_value_heads', 'tensor')] if c.attention == 'gqa' else []
+        shares += [('n_routed_experts', 'expert'), ('moe_intermediate_size', 'tensor')] if c.is_moe else []
+        for field, axis in shares:
+            if getattr(c, field) % mesh.shape[axis]:
+                raise ValueError(
+                    f'mesh.{axis} is {mesh.shape[axis]}: expected a divisor of {field}={getattr(c, field)}'
+                )
 
         def leaf(x: Any) -> jax.ShapeDtypeStruct:
             value = x.value if is_declared(x) else x

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from configs import demo
 from data.mixture import as_dict
 from model.config import ModelConfig
 from model.sharding import make_mesh
+from train.step import Layout
 
 VOCABULARY = 400  # that of `text.small_tokenizer`
 # Each the child of the one before.
@@ -59,6 +61,12 @@ def model_config(**changes: Any) -> ModelConfig:
     """The small model, with other fields where asked."""
     fields = {**as_dict(get_config().model.to_dict()), 'vocab_size': VOCABULARY}
     return dataclasses.replace(ModelConfig.from_dict(fields), **changes)
+
+
+def placed(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
+    """A batch as a step takes it."""
+    rows, length = batch['tokens'].shape
+    return Layout(mesh, rows, length, microbatches).place(batch, range(rows))
 
 
 @functools.cache

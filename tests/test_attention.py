@@ -1,16 +1,21 @@
 """Attention against the NumPy reference: both kinds, masks, chunks, rotary embedding, YaRN."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+import model.attention
 from model.attention import GroupedQueryAttention, LatentAttention, attend
 from model.config import ModelConfig
 from model.layers import rotary_frequencies, rotate, softmax_scale, yarn_magnitude
+from model.sharding import make_mesh
+from model.splash import splash_attention
 from tests import reference
 from tests.tiny import packed, randomized, tiny
 
@@ -88,8 +93,14 @@ def masked_softmax(query, key, value, segments, scale):
     return jnp.einsum('bhts,bshv->bthv', jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), axis=-1), value)
 
 
-@pytest.mark.parametrize('length', [300, 600], ids=['chunks of 128', 'chunks of 256'])
-def test_chunks_of_queries_change_nothing(length):
+@pytest.mark.parametrize(
+    ('length', 'backend', 'ways'),
+    [(300, 'cpu', 1), (600, 'cpu', 1), (512, 'cpu', 2), (384, 'tpu', 1), (512, 'tpu', 2)],
+    ids=['chunks of 128', 'chunks of 256', 'length split', 'kernel', 'kernel, length split'],
+)
+def test_no_way_to_compute_it_changes_attention(length, backend, ways, monkeypatch):
+    monkeypatch.setattr(model.attention, 'platform', lambda: backend)
+    monkeypatch.setattr(model.attention, 'splash_attention', functools.partial(splash_attention, interpret=True))
     rng = np.random.default_rng(0)
     query = rng.normal(size=(2, length, 4, 3)).astype(np.float32)
     key, value = (rng.normal(size=(2, length, 2, w)).astype(np.float32) for w in (3, 2))
@@ -107,8 +118,23 @@ def test_chunks_of_queries_change_nothing(length):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(query, key, value)
 
-    (_, out), gradients = both(attend)
+    def own(query, key, value, segments, scale):
+        """One device's part of the queries over all keys."""
+        token, whole = PartitionSpec(None, 'context'), PartitionSpec()
+        along = ('context',) if ways > 1 else ()
+        return jax.shard_map(
+            lambda q, k, v, q_segments, k_segments: attend(q, k, v, (q_segments, k_segments), scale, along),
+            mesh=make_mesh({'context': ways}, jax.devices()[:ways]),
+            in_specs=(token, whole, whole, token, whole),
+            out_specs=token,
+            check_vma=False,
+        )(query, key, value, segments, segments)
+
+    (_, out), gradients = both(own)
+    # What padding gets to see is of no account.
+    out = jnp.where((segments > 0)[..., None, None], out, 0)
     (_, expected), expected_gradients = both(masked_softmax)
+    expected = jnp.where((segments > 0)[..., None, None], expected, 0)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
@@ -116,7 +142,8 @@ def test_chunks_of_queries_change_nothing(length):
 
 def test_attention_survives_huge_logits():
     x = jnp.full((1, 3, 1, 4), 1e3)
-    out = attend(x, x, x, jnp.ones((1, 3), jnp.int32), 1.0)
+    segments = jnp.ones((1, 3), jnp.int32)
+    out = attend(x, x, x, (segments, segments), 1.0)
     np.testing.assert_allclose(out, x, rtol=1e-6)
 
 

@@ -68,7 +68,7 @@ class Napping:
     work = 'napping'
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        self._stream, self.rows = stream, stream.rows
 
     def next(self, step: int, variables: Any = None) -> Any:
         time.sleep(NAP)

@@ -10,17 +10,14 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
-import model.experts
-from model.experts import (
-    MixtureOfExperts,
-    grouped_matmul,
-    plan_blocks,
-    route,
-    routing_statistics,
-    run_experts,
-    updated_bias,
-)
+import model.grouped
+from model.dispatch import Exchange, run_experts, run_experts_apart
+from model.experts import MixtureOfExperts, route, routing_statistics, updated_bias
+from model.grouped import grouped_matmul, plan_blocks
+from model.sharding import make_mesh
 from model.transformer import Model
 from tests import reference
 from tests.tiny import packed, randomized, tiny
@@ -290,9 +287,9 @@ SKEWS = {
 }
 
 
-@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+@pytest.mark.parametrize('backend', ['cpu', 'gpu', 'tpu'])
 def test_grouped_matmul_is_a_matmul_by_each_rows_expert(backend, monkeypatch):
-    monkeypatch.setattr(model.experts.jax, 'default_backend', lambda: backend)
+    monkeypatch.setattr(model.grouped, 'platform', lambda: backend)
     rng = np.random.default_rng(0)
     ids = np.array([1] * 9 + [3] * 2 + [4] * 5, np.int32)  # experts 0 and 2 have nothing, 4 is none
     _, source, owner, blocks = plan_blocks(ids, 4, 4)
@@ -308,7 +305,8 @@ def test_grouped_matmul_is_a_matmul_by_each_rows_expert(backend, monkeypatch):
         out, pullback = jax.vjp(function, rows, weights)
         return out, *pullback(cotangent)
 
-    found = both(lambda rows, weights: grouped_matmul(rows, weights, owner, blocks))
+    with pltpu.force_tpu_interpret_mode():  # Pallas kernels run as plain JAX
+        found = both(lambda rows, weights: grouped_matmul(rows, weights, owner, blocks))
     for a, b in zip(found, both(dense), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -342,3 +340,48 @@ def test_run_experts_is_the_dense_sum_forward_and_backward(skew, block):
     expected = dense(x, ids, weights, gate_up, down, cotangent)
     for name, a, b in zip(('out', 'x', 'weights', 'gate_up', 'down'), found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5, err_msg=name)
+
+
+@functools.cache
+def apart(rows):
+    """`run_experts_apart` on two devices for each of four parts of the experts: its outputs and gradients, compiled."""
+    exchange = Exchange('expert', 4, ('fsdp',), ('fsdp', 'expert'), rows, 8, 1, 'float32', 'float32')
+    token, wide, narrow = (
+        PartitionSpec(('fsdp', 'expert')),
+        PartitionSpec('expert', 'fsdp'),
+        PartitionSpec('expert', None, 'fsdp'),
+    )
+    run = jax.shard_map(
+        functools.partial(run_experts_apart, exchange=exchange),
+        mesh=make_mesh({'fsdp': 2, 'expert': 4}),
+        in_specs=(token, token, token, wide, wide, narrow),
+        out_specs=token,
+        check_vma=False,
+    )
+
+    @jax.jit
+    def both(x, ids, weights, gate_up, down, cotangent):
+        out, pullback = jax.vjp(
+            lambda x, weights, gate_up, down: run(x, ids, weights, *jnp.split(gate_up, 2, axis=-1), down),
+            x,
+            weights,
+            gate_up,
+            down,
+        )
+        return out, *pullback(cotangent)
+
+    return both
+
+
+@pytest.mark.parametrize('rows', [3, 10], ids=['many rounds', 'one round'])
+def test_experts_on_other_devices_are_the_dense_sum_at_any_skew(rows):
+    rng = np.random.default_rng(0)
+    n, k, e, d, f = 40, 2, 8, 6, 4
+    shapes = ((n, d), (n, k), (e, d, 2 * f), (e, f, d), (n, d))
+    x, weights, gate_up, down, cotangent = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    for skew, draw in SKEWS.items():
+        ids = draw(rng, n, k, e).astype(np.int32)
+        found = apart(rows)(x, ids, weights, gate_up, down, cotangent)
+        expected = dense(x, ids, weights, gate_up, down, cotangent)
+        for name, a, b in zip(('out', 'x', 'weights', 'gate_up', 'down'), found, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=5e-5, err_msg=f'{skew}: {name}')

@@ -85,7 +85,7 @@ class Constant:
     """A stream of one batch, over and over."""
 
     def __init__(self, batch: Batch):
-        self.batch = batch
+        self.batch, self.rows = batch, range(len(batch['tokens']))
         self.asked: list[int] = []
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, StreamState]:
@@ -303,7 +303,7 @@ def test_grpo_takes_the_reward_on_one_prompt_to_one(run: Any) -> None:
     plan, _ = made.begin('grpo', fresh=True)
     stage = made.stages['grpo']
     stream = RolloutStream(plan.model, small_tokenizer(), OneProblem(), stage, seed=0)  # type: ignore[arg-type]
-    with jax.set_mesh(plan.mesh):
+    with jax.set_mesh(plan.layout.mesh):
         state = initial_state({name: state[name] for name in ('params', 'balance')}, plan.optimizer)
     train(dataclasses.replace(plan, stream=stream), state)
     rewards = [line['reward/mean'] for line in metrics(made.workdir / 'grpo')]

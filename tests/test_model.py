@@ -19,7 +19,6 @@ from tests.tiny import (
     EVERYTHING,
     assert_trees_close,
     evaluate,
-    gradient_function,
     loss_and_gradients,
     loss_of,
     packed,
@@ -320,35 +319,6 @@ def one_device_mesh():
     return make_mesh({'data': 1}, jax.devices()[:1])
 
 
-@pytest.mark.parametrize(
-    'sizes',
-    [
-        {'data': 2, 'fsdp': 4},
-        pytest.param({'fsdp': 2, 'expert': 2, 'tensor': 2}, marks=pytest.mark.slow),
-        pytest.param({'data': 8}, marks=pytest.mark.slow),
-        pytest.param({'expert': 4, 'data': 2}, marks=pytest.mark.slow),
-        pytest.param({'data': 2, 'tensor': 4}, marks=pytest.mark.slow),
-        pytest.param({'fsdp': 4, 'context': 2}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_eight_devices_are_as_one(sizes):
-    batch, variables = packed(rows=8), variables_of(LEARNING)
-    expected = loss_and_gradients(LEARNING, variables, batch)
-    mesh = make_mesh(sizes)
-    shardings = jax.tree.map(lambda x: x.sharding, Model(LEARNING).shapes(mesh))
-    rows = jax.sharding.NamedSharding(mesh, partition_spec((8, 12), ('batch', None), dict(mesh.shape)))
-    assert len(rows.device_set) == 8
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(variables, shardings)
-        stored = placed['params']['layers']['self_attn']['kv_a_proj_with_mqa']
-        ways = mesh.shape['fsdp'] * mesh.shape['expert']
-        assert stored.addressable_shards[0].data.size * ways == stored.size
-        run = jax.jit(gradient_function(LEARNING), out_shardings=(None, shardings['params']))
-        found = run(placed['params'], placed['balance'], jax.device_put(batch, rows))
-    assert_trees_close(jax.device_get(found), expected)
-
-
 def test_initial_values_do_not_depend_on_the_mesh(one_device_mesh):
     model = Model(SMALLEST)
     alone = model.init(3, one_device_mesh)
@@ -372,7 +342,7 @@ def test_initial_values(one_device_mesh):
 
 def test_mesh_sizes():
     mesh = make_mesh({'data': -1, 'tensor': 2})
-    assert dict(mesh.shape) == {'data': 4, 'fsdp': 1, 'expert': 1, 'tensor': 2, 'context': 1}
+    assert dict(mesh.shape) == {'slice': 1, 'data': 4, 'fsdp': 1, 'expert': 1, 'tensor': 2, 'context': 1}
     with pytest.raises(ValueError, match=r'mesh.pipeline is no mesh axis'):
         make_mesh({'pipeline': 2})
     with pytest.raises(ValueError, match=r'data 3 .*= 3: expected the 8 devices'):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
-from small import model_config, one_device
+from small import model_config, one_device, placed
 
 from data.packing import RowWriter, empty_batch
 from model.config import ModelConfig
@@ -25,7 +25,7 @@ from train.objectives import (
     segment_count,
     total_loss,
 )
-from train.step import initial_state, make_step, place
+from train.step import initial_state, make_step
 
 SURROGATE = {'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.1}
 LOSSES = {'multi_token': 0.3, 'z_loss': 1e-3, 'sequence_balance': 1e-2, 'batch_balance': 0.0}
@@ -253,7 +253,7 @@ def stepped(rows: int, length: int, microbatches: int, mesh: Mesh) -> dict[str, 
     model, optimizer = Model(config), optax.sgd(0.0)
     with jax.set_mesh(mesh):
         variables = place_like(initial_values(config), model.shapes(mesh))
-        batch = place(laid_out(rows, length), mesh, microbatches)
+        batch = placed(laid_out(rows, length), mesh, microbatches)
         state = initial_state(variables, optimizer)
         _, metrics = jax.jit(make_step(model, objective, optimizer))(state, batch)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}

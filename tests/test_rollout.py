@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small import get_config, model_config, one_device
+from small import get_config, model_config, one_device, placed
 from text import small_tokenizer
 
 from data.errors import InputError
@@ -20,7 +20,7 @@ from train.algorithms import group_relative, rejection
 from train.objectives import clipped_policy_gradient, joined, regularizers
 from train.rollout import RolloutStream, chat_prompt, format_reward, random_reward, verifier_reward
 from train.sampler import Completion, row_keys, sample_tokens
-from train.step import initial_state, make_step, place
+from train.step import initial_state, make_step
 
 PROMPTS, SAMPLES = 3, 8
 ROWS = PROMPTS * SAMPLES
@@ -91,7 +91,7 @@ def step_function() -> Any:
 def stepped(of: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     function, state = step_function()
     with jax.set_mesh(one_device()):
-        state, metrics = function(state, place(of, one_device(), 1))
+        state, metrics = function(state, placed(of, one_device()))
     return state, {name: float(x) for name, x in metrics.items()}
 
 

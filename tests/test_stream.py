@@ -298,6 +298,8 @@ class TestPrefetch:
         calls = []
 
         class Recorder:
+            rows = range(1)
+
             def next(self, step, variables=None):
                 calls.append((step, threading.current_thread().name))
                 return {}, {'step': step}
@@ -313,6 +315,8 @@ class TestPrefetch:
 
     def test_errors_surface_where_they_belong(self):
         class Failing:
+            rows = range(1)
+
             def next(self, step, variables=None):
                 if step == 2:
                     raise InputError('record 7 is broken')

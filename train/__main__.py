@@ -22,6 +22,14 @@ EXAMPLES = {'config': 'configs/demo.py', 'workdir': 'runs/demo'}
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with a variant after a colon if it has any.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, report.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address',
+    '',
+    'For runs of several processes, the same command on each: HOST:PORT of process 0, with --num_processes and '
+    '--process_id; on Cloud TPU, GKE and Slurm: auto.',
+)
+_PROCESSES = flags.DEFINE_integer('num_processes', 1, 'How many processes there are.')
+_PROCESS = flags.DEFINE_integer('process_id', 0, 'The number of this one, from 0.')
 _STAGE = flags.DEFINE_string('stage', '', 'Run only this stage and those it needs; all stages when empty.')
 
 
@@ -64,14 +72,16 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     # Imported late: a typo in a flag should not wait for JAX.
     from train.graph import Run
-    from train.host import prepare
+    from train.host import is_primary, join, prepare, say
     from train.report import write_report
 
     prepare()
+    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     workdir = Path(flags.FLAGS.workdir)
     run = Run(config, workdir, 'python -m train ' + ' '.join(map(shlex.quote, arguments[1:])))
     run(flags.FLAGS.stage)
-    print(f'report: {write_report(workdir)}')
+    if is_primary():
+        say(f'report: {write_report(workdir)}')
     return 0
 
 

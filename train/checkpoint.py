@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from data.errors import InputError
+from data.stream import merged
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
+from train.host import fetch, gather_text, is_primary, wait_for_all
 from train.step import State
 
 ARRAYS = ('params', 'balance', 'optimizer')
@@ -65,7 +67,7 @@ def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
 def fingerprints(tree: Any) -> dict[str, str]:
     """For each leaf's path: dtype, shape and fingerprint in one string."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.device_get(_fingerprints([jnp.asarray(x) for _, x in leaves]))
+    sums = fetch(_fingerprints([jnp.asarray(x) for _, x in leaves]))
     named = zip(leaves, sums, strict=True)
     return {jax.tree_util.keystr(p): f'{x.dtype} {list(x.shape)} {s[0]:08x}{s[1]:08x}' for (p, x), s in named}
 
@@ -105,7 +107,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: State, stream: Any, metadata: Metadata) -> None:
-        """Starts to save; the arrays are copied before it returns, the disk is written behind the run's back."""
+        """Starts to save; the arrays are copied before it returns, the disk is written behind the run's back.
+
+        `stream`: the state of this process's stream; that of all is saved.
+        """
+        stream = merged([json.loads(text) for text in gather_text(json.dumps(stream))])
         arrays = {name: state[name] for name in ARRAYS if jax.tree.leaves(state[name])}
         record = {
             **metadata,
@@ -151,9 +157,11 @@ class Checkpoints:
         if not broken or self._read_only:
             return
         aside = self._folder.with_name(self._folder.name + '.broken')
-        aside.mkdir(exist_ok=True)
-        for step in broken:
-            (self._folder / str(step)).rename(aside / f'{step}.{len(list(aside.iterdir()))}')
+        if is_primary():
+            aside.mkdir(exist_ok=True)
+            for step in broken:
+                (self._folder / str(step)).rename(aside / f'{step}.{len(list(aside.iterdir()))}')
+        wait_for_all('broken checkpoints are set aside')
         self._manager.reload()
 
     def _read(self, step: int, wanted: dict[str, Any]) -> Restored:
@@ -209,7 +217,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Writes a JSON file whole or not at all; of many processes one does."""
+    if not is_primary():
+        return
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(json.dumps(value, indent=1) + '\n')
     temporary.replace(path)

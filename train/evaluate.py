@@ -26,7 +26,7 @@ from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.checkpoint import load
 from train.command import command
-from train.host import prepare
+from train.host import fetch, prepare
 from train.rollout import chat_prompt
 from train.sampler import row_keys, sample_tokens
 from train.statistics import interval, pass_at_k
@@ -185,7 +185,7 @@ def _evaluate_text(model: Model, variables: Variables, tokenizer: Tokenizer, spe
         tokens[: len(chosen)] = chosen
         ends = np.array([end for _, end in scored[begin : begin + rows]] + [1] * (rows - len(chosen)))
         segments = (np.arange(length)[None] < ends[:, None]).astype(np.int32)
-        values = np.asarray(logprobs(variables, tokens, segments), np.float64)
+        values = np.asarray(fetch(logprobs(variables, tokens, segments)), np.float64)
         for row in range(len(chosen)):
             first, end = scored[begin + row]
             nats[owners[begin + row]] -= values[row, first:end].sum()

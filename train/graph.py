@@ -24,11 +24,12 @@ from model.sharding import make_mesh
 from model.transformer import Model, Variables
 from train.checkpoint import Checkpoints, read_json, split_address, write_json
 from train.evaluate import checked, evaluate
+from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
 from train.objectives import joined, regularizers
 from train.optimizer import learning_rate, make_optimizer
 from train.stages import Context, get_kind
-from train.step import State, initial_state
+from train.step import Layout, State, initial_state
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -94,7 +95,12 @@ class Run:
                 if evaluation not in config['evaluations']:
                     near = did_you_mean(evaluation, config['evaluations'])
                     raise InputError(f'stages.{name}.evaluations: no evaluation {evaluation!r}{near}')
+        # One process trains it, where there is none yet; the others read what it has written.
+        if not is_primary():
+            wait_for_all('the tokenizer is there')
         self.tokenizer = self._tokenizer()
+        if is_primary():
+            wait_for_all('the tokenizer is there')
 
     def __call__(self, last: str = '') -> None:
         """Runs every stage that is not finished, or those that stage `last` needs and itself."""
@@ -105,7 +111,7 @@ class Run:
                 self._check(name)
         for name in names:
             if finished[name]:
-                print(f'{name}: finished before')
+                say(f'{name}: finished before')
             else:
                 self._run(name)
                 self.write_lineage()
@@ -121,14 +127,19 @@ class Run:
             learning_rate(stage['optimizer'], stage['steps'])
             # Other models are not there yet; streams only look at which of them will be.
             named: dict[str, Variables] = {role: {} for role, address in stage['models'].items() if address}
+            self._layout(name)
             get_kind(stage['kind']).stream(self._context(name, model, named))
         except ValueError as error:
             text = str(error)
             raise InputError(text if text.startswith('stages.') else f'stages.{name}: {text}') from error
 
     def _context(self, name: str, model: Model, models: Mapping[str, Variables]) -> Context:
-        stage, sources = self.stages[name], self.config['sources']
-        return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models)
+        stage, sources, rows = self.stages[name], self.config['sources'], self._layout(name).rows_here()
+        return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models, rows)
+
+    def _layout(self, name: str) -> Layout:
+        stage = self.stages[name]
+        return Layout(self.mesh, stage['batch_size'], stage['sequence_length'], stage['microbatches'])
 
     def model_config(self, name: str) -> ModelConfig:
         """The model as a stage sees it: the run's, with what its ancestors and it itself change."""
@@ -162,7 +173,7 @@ class Run:
                 if name not in self.config['sources']:
                     near = did_you_mean(name, self.config['sources'])
                     raise InputError(f'tokenizer.sources: no source {name!r}{near}')
-            print(f'training a tokenizer of {settings["vocab_size"]} tokens', flush=True)
+            say(f'training a tokenizer of {settings["vocab_size"]} tokens')
             sources = [open_source(self.config['sources'][name]) for name in settings['sources']]
             tokenizer = train_tokenizer(itertools.chain(*map(sample_texts, sources)), settings['vocab_size'])
         if tokenizer.vocab_size > settings['vocab_size']:
@@ -226,7 +237,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         changed = self._changes(name)
         for path, old, new in changed:
-            print(f'{name}: {path} {old!r} -> {new!r}')
+            say(f'{name}: {path} {old!r} -> {new!r}')
         write_json(folder / 'config.json', self.record(name))
 
         plan, state = self.begin(name)
@@ -274,10 +285,9 @@ class Run:
             stream=kind.stream(self._context(name, model, models)),
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
             steps=stage['steps'],
-            microbatches=stage['microbatches'],
             save_every=stage['save_every'],
             keep=stage['keep'],
-            mesh=self.mesh,
+            layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),
             metadata={'stage': name, 'parent': stage['parent'], 'tokenizer': self.tokenizer.fingerprint},
@@ -344,14 +354,14 @@ class Run:
                 spec = self.config['evaluations'][evaluation]
                 result = evaluate(model, variables, self.tokenizer, spec)
                 samples = result.pop('samples', [])
-                with (folder / 'samples.jsonl').open('a') as lines:
-                    lines.writelines(json.dumps({'step': self.stages[name]['steps'], **s}) + '\n' for s in samples)
+                if is_primary():
+                    with (folder / 'samples.jsonl').open('a') as lines:
+                        lines.writelines(json.dumps({'step': self.stages[name]['steps'], **s}) + '\n' for s in samples)
                 results[evaluation] = result
                 write_json(path, results)
-                print(
+                say(
                     f'{name}: {evaluation} {result["value"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}] '
-                    f'{result["metric"]}',
-                    flush=True,
+                    f'{result["metric"]}'
                 )
         return results
 

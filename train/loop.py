@@ -18,10 +18,10 @@ from tensorboardX import SummaryWriter
 from data.stream import Stream
 from model.transformer import Model
 from train.checkpoint import Checkpoints
-from train.host import cpu_seconds
+from train.host import cpu_seconds, is_primary
 from train.objectives import Objective
 from train.progress import Progress
-from train.step import State, make_step, place
+from train.step import Layout, State, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Plan:
         folder: where metrics, events and checkpoints go.
         model, objective, optimizer, stream: what is trained, on what, and how.
         learning_rate: of the step; a factor on the optimizer's updates.
-        steps, microbatches, save_every, keep: counts.
-        mesh: the devices.
+        steps, save_every, keep: counts.
+        layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
     """
@@ -47,10 +47,9 @@ class Plan:
     stream: Stream
     learning_rate: Callable[[int], Any]
     steps: int
-    microbatches: int
     save_every: int
     keep: int
-    mesh: jax.sharding.Mesh
+    layout: Layout
     tokens: int
     flops: float
     metadata: dict[str, Any]
@@ -93,31 +92,34 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     stream_works = bool(getattr(plan.stream, 'work', ''))
     cpu_before = 0.0
-    writer = SummaryWriter(str(plan.folder), flush_secs=30)
-    with (
-        contextlib.closing(checkpoints),  # an interrupted run still finishes the save it has begun
-        contextlib.closing(writer),
-        jax.set_mesh(plan.mesh),
-        (plan.folder / 'metrics.jsonl').open('a') as lines,
-        Progress(plan.steps, plan.name, initial=first) as progress,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(checkpoints))  # an interrupted run still finishes the save it has begun
+        stack.enter_context(jax.set_mesh(plan.layout.mesh))
+        log = stack.enter_context(_Log(plan, first)) if is_primary() else None
         reported = time.perf_counter()
 
-        def report(line: dict[str, Any], device: dict[str, jax.Array], tokens: int) -> None:
+        def report(step: int, device: dict[str, jax.Array], stream_state: dict[str, Any], length: int) -> None:
             nonlocal reported
             now = time.perf_counter()
             values = {name: float(value) for name, value in jax.device_get(device).items()}
             ready = time.perf_counter()
             waited = ready - now
-            # Since the last report: steps overlap, so that from its start to its end would be the time of two.
-            line = {**line, **values, 'tokens_per_second': tokens / max(ready - reported, 1e-9)}
+            tokens = int(values.pop('tokens'))  # of all processes
+            spent.tokens += tokens
+            spent.flops += tokens * plan.model.flops_per_token(length) + stream_state.get('flops', 0.0)
+            line = {
+                'step': step + 1,
+                'tokens': spent.tokens,
+                'flops': spent.flops,
+                'learning_rate': float(rates[step]),
+                **stream_state.get('metrics', {}),
+                **values,
+                # Since the last report: steps overlap, so that from its start to its end would be the time of two.
+                'tokens_per_second': tokens / max(ready - reported, 1e-9),
+            }
             reported = ready
-            lines.write(json.dumps(line) + '\n')
-            lines.flush()
-            for name, value in line.items():
-                writer.add_scalar(name, value, line['step'])
-            shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
-            progress.update(line['step'], tokens, **shown)
+            if log is not None:
+                log.write(line, tokens)
             spent.log_seconds += time.perf_counter() - now - waited
             spent.total_seconds = time.perf_counter() - spent.warm
             spent.cpu_seconds = cpu_seconds() - cpu_before
@@ -131,7 +133,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             asked = time.perf_counter()
             batch, stream_state = plan.stream.next(step, variables)
             made = time.perf_counter()
-            placed = place(batch, plan.mesh, plan.microbatches)
+            placed = plan.layout.place(batch, plan.stream.rows)
             spent.stream_seconds += made - asked
             spent.place_seconds += time.perf_counter() - made
             state, metrics = step_function(state, placed, rates[step])
@@ -140,26 +142,41 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 spent.warm, cpu_before = time.perf_counter(), cpu_seconds()
                 spent.first_seconds = spent.warm - started
                 spent.stream_seconds = spent.place_seconds = 0.0
-            tokens = int(np.count_nonzero(batch['segments']))
-            spent.tokens += tokens
-            spent.flops += tokens * plan.model.flops_per_token(batch['tokens'].shape[1])
-            spent.flops += stream_state.get('flops', 0.0)
             if pending is not None:
                 report(*pending)
-            line = {
-                'step': step + 1,
-                'tokens': spent.tokens,
-                'flops': spent.flops,
-                'learning_rate': float(rates[step]),
-                **stream_state.get('metrics', {}),
-            }
-            pending = (line, metrics, tokens)
+            pending = (step, metrics, stream_state, batch['tokens'].shape[1])
             if step + 1 == plan.steps or (step + 1) % plan.save_every == 0:
                 report(*pending)
                 pending = None
                 totals = {'tokens': spent.tokens, 'flops': spent.flops}
                 checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
     return state, spent
+
+
+class _Log:
+    """Where the metrics of steps go: a line of JSON each, TensorBoard events, the progress bar."""
+
+    def __init__(self, plan: Plan, first: int):
+        self._events = SummaryWriter(str(plan.folder), flush_secs=30)
+        self._lines = (plan.folder / 'metrics.jsonl').open('a')
+        self._progress = Progress(plan.steps, plan.name, initial=first)
+
+    def __enter__(self) -> _Log:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+        self._lines.close()
+        self._events.close()
+
+    def write(self, line: dict[str, Any], tokens: int) -> None:
+        self._lines.write(json.dumps(line) + '\n')
+        self._lines.flush()
+        for name, value in line.items():
+            self._events.add_scalar(name, value, line['step'])
+        shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
+        self._progress.update(line['step'], tokens, **shown)
 
 
 def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) -> State:
@@ -173,7 +190,8 @@ def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) ->
         state = {**state, **restored.arrays, 'step': state['step'] + step}
         spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
         plan.stream.restore(restored.stream)
-    _set_aside(plan.folder, step)
+    if is_primary():
+        _set_aside(plan.folder, step)
     return state
 
 

@@ -17,6 +17,7 @@ from data.tasks import Prompt, Task, final_answer
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.algorithms import Trajectory, group_relative, rejection
+from train.host import fetch
 from train.sampler import Completion, row_keys, sample_tokens
 
 Reward = Callable[[Task, Prompt, Completion, int], float]
@@ -79,6 +80,7 @@ class RolloutStream:
             )
         self._model, self._tokenizer, self._task, self._config = model, tokenizer, task, config
         self._seed, self._reference = seed, reference
+        self.rows = range(config['batch_size'])  # every process has all of them: they come from one sampler
         self._score = jax.jit(lambda variables, b: _logprobs(model, variables, b))
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
@@ -112,7 +114,7 @@ class RolloutStream:
         ]
         batch = self._pack([(t, float(a)) for t, a in trajectories if a != 0])
         if self._reference is not None:
-            batch['reference_logprob'] = np.asarray(self._score(self._reference, batch))
+            batch['reference_logprob'] = fetch(self._score(self._reference, batch))
         answers = [completion for group in completions for completion in group]
         sampled = sum(len(answer.tokens) for answer in answers)
         read = sum(len(prompt) for prompt in tokens) + sampled

@@ -20,6 +20,7 @@ from data.tokenizer import Tokenizer
 from model import cache as latent_cache
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
+from train.host import fetch
 
 WIDTHS = (32, 128, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
 BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
@@ -184,7 +185,7 @@ def sample_tokens(
         lengths = np.array([len(prompts[i]) for i in filled], np.int32)
         divisor = np.float32(temperature or 1.0)
         entries, logits = _prefill(model, variables, block, lengths, divisor, samples=samples)
-        tokens, logprobs, counts = jax.device_get(
+        tokens, logprobs, counts = fetch(
             _decode(
                 model,
                 variables,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data.errors import InputError, did_you_mean
@@ -28,6 +28,7 @@ class Context:
     Attributes:
         name: of the stage; config: its fields; sources: all sources of the run by name; seed: of the stage.
         models: variables of the other models the stage names (`models.reference`, ...), by role.
+        rows: the rows of the global batch that this process builds; all by default.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Context:
     tokenizer: Tokenizer
     seed: int
     models: Mapping[str, Variables]
+    rows: Sequence[int] | None = None
 
     @property
     def stream_seed(self) -> int:
@@ -99,6 +101,7 @@ def _rows(context: Context, split_documents: bool) -> Stream:
         steps=c['steps'],
         seed=context.stream_seed,
         split_documents=split_documents,
+        rows_here=context.rows,
     )
     return Prefetch(stream)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data.errors import InputError
-from model.sharding import RULES
+from model.sharding import RULES, named_sharding
 from model.transformer import Model, Variables
 from train.objectives import Batch, Objective, total_loss
 
@@ -30,30 +32,68 @@ def initial_state(variables: Variables, optimizer: optax.GradientTransformation)
     }
 
 
-def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, microbatches: int) -> dict[str, jax.Array]:
-    """A host batch [B, T] on the devices, as [microbatches, B / microbatches, T] with rows split over the mesh.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the rows of a global batch [rows, length] lie: as [microbatches, rows / microbatches, length], rows and
+    length split over the mesh.
 
-    Scalars are copied to every device. Raises InputError where B does not divide.
+    Raises:
+        InputError: rows or length do not divide.
     """
-    ways = int(np.prod([mesh.shape[axis] for axis in RULES['batch']]))
 
-    def leaf(x: np.ndarray) -> jax.Array:
-        if not np.ndim(x):
-            return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec()))
-        if x.shape[0] % (microbatches * ways):
+    mesh: jax.sharding.Mesh
+    rows: int
+    length: int
+    microbatches: int
+
+    def __post_init__(self) -> None:
+        ways = math.prod(self.mesh.shape[axis] for axis in RULES['batch'])
+        if self.rows % (self.microbatches * ways):
             raise InputError(
-                f'batch_size {x.shape[0]} is no multiple of {microbatches} microbatches on {ways} ways of the mesh'
+                f'batch_size {self.rows} is no multiple of {self.microbatches} microbatches on {ways} ways of the mesh'
             )
-        x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, RULES['batch'])))
+        if self.length % self.mesh.shape['context']:
+            raise InputError(
+                f'sequence_length {self.length} is no multiple of mesh.context = {self.mesh.shape["context"]}'
+            )
 
-    return {name: leaf(x) for name, x in batch.items()}
+    def _sharding(self, shape: Sequence[int]) -> NamedSharding:
+        return named_sharding(self.mesh, shape, (None, 'batch', 'length', *(None for _ in shape[3:]))[: len(shape)])
+
+    def rows_here(self) -> list[int]:
+        """The rows that this process's devices need some part of."""
+        shape = (self.microbatches, self.rows // self.microbatches, self.length)
+        numbers = np.arange(self.rows).reshape(shape[:2])
+        indices = self._sharding(shape).addressable_devices_indices_map(shape).values()
+        return sorted({int(row) for index in indices if index for row in numbers[index[:2]].flat})
+
+    def place(self, batch: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, jax.Array]:
+        """A batch on the devices; its arrays hold the global rows `rows`, those that this process needs among them.
+
+        Scalars are copied to every device.
+        """
+        held = np.full(self.rows, -1)
+        held[np.asarray(rows)] = np.arange(len(rows))
+        where = held.reshape(self.microbatches, -1)
+
+        def leaf(x: np.ndarray) -> jax.Array:
+            x = np.asarray(x)
+            if not x.ndim:
+                return jax.make_array_from_callback((), NamedSharding(self.mesh, PartitionSpec()), lambda _: x)
+            shape = (*where.shape, *x.shape[1:])
+
+            def share(index: Any) -> np.ndarray:
+                return x[where[index[0], index[1]]][(slice(None), slice(None), *index[2:])]
+
+            return jax.make_array_from_callback(shape, self._sharding(shape), share)
+
+        return {name: leaf(x) for name, x in batch.items()}
 
 
 def make_step(
     model: Model, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """The step function: (state, batch of `place`, factor on the update) -> (state, metrics as float32 scalars).
+    """The step function: (state, batch of `Layout.place`, factor on the update) -> (state, metrics as scalars).
 
     Gradients accumulate in float32 over the microbatches, each divided by the denominators of the whole batch. A
     microbatch without a real token costs nothing: on-policy batches keep a fixed shape and leave the last ones empty.
@@ -100,6 +140,7 @@ def make_step(
         updates = jax.tree.map(lambda x: x * rate, updates)
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
         metrics |= {'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
+        metrics['tokens'] = jnp.sum(batch['segments'] > 0)
         balance = state['balance']
         if aux['experts']:
             load = aux['experts']['load']

@@ -1,0 +1,156 @@
+"""The grouped matmul: rows sorted by expert, each expert's rows padded to whole blocks, so that a block has one expert.
+
+One layout serves every backend; what multiplies it is chosen where the program is compiled for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from model.backend import platform
+
+
+def plan_blocks(ids: jax.Array, experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Lays assignments out in blocks of one expert each; nothing is dropped at any skew.
+
+    Args:
+        ids: expert of each assignment, int32 [M]; the id `experts` means: computed by none.
+
+    Returns:
+        slot: int32 [M], the row of each assignment in the blocked layout (past its end for those computed by none).
+        source: int32 [blocks * block], the assignment in each row, M where there is none.
+        owner: int32 [blocks], the expert of each block; blocks: int32 [], how many are in use.
+    """
+    m = ids.shape[0]
+    blocks = -(-m // block) + min(experts, m)  # every expert may leave one block partly filled
+    counts = jnp.bincount(ids, length=experts + 1)[:experts]
+    used = -(-counts // block)
+    ends = jnp.cumsum(used)
+    order = jnp.argsort(ids, stable=True)
+    sorted_ids = ids[order]
+    start = jnp.append((ends - used) * block, blocks * block)  # first row of each expert
+    rank = jnp.arange(m) - jnp.append(jnp.cumsum(counts) - counts, counts.sum())[sorted_ids]
+    row = start[sorted_ids] + rank
+    slot = jnp.zeros(m, jnp.int32).at[order].set(row.astype(jnp.int32))
+    source = jnp.full(blocks * block, m, jnp.int32).at[row].set(order.astype(jnp.int32), mode='drop')
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side='right'), experts - 1)
+    return slot, source, owner.astype(jnp.int32), ends[-1].astype(jnp.int32)
+
+
+@jax.custom_vjp
+def grouped_matmul(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array) -> jax.Array:
+    """Multiplies each block of rows by its expert's matrix.
+
+    Args:
+        rows: [len(owner) * block, D], sorted by expert; weights: [E, D, F]; owner, blocks: see `plan_blocks`.
+
+    Returns:
+        [len(owner) * block, F]; rows of unused blocks are zero.
+    """
+    return multiply(rows, weights, owner, blocks)
+
+
+def _forward(rows: Any, weights: Any, owner: Any, blocks: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return grouped_matmul(rows, weights, owner, blocks), (rows, weights, owner, blocks)
+
+
+def _backward(saved: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
+    rows, weights, owner, blocks = saved
+    d_weights = outer(rows, gradient, owner, blocks, weights.shape[0])
+    d_rows = multiply(gradient, weights, owner, blocks, transposed=True)
+    return d_rows, d_weights.astype(weights.dtype), no_gradient(owner), no_gradient(blocks)
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def no_gradient(x: jax.Array) -> np.ndarray:
+    """The cotangent of integers."""
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def multiply(
+    rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array, transposed: bool = False
+) -> jax.Array:
+    """`grouped_matmul` without a gradient, by the matrices or by their transposes.
+
+    A loop over the blocks in use on CPU (`lax.ragged_dot` multiplies every row by every expert there), the Pallas
+    kernel megablox on TPU, `lax.ragged_dot` elsewhere.
+    """
+    if platform() == 'cpu':
+        return _multiply_blocks(rows, weights, owner, blocks, transposed)
+    block, sizes = _sizes(rows, owner, blocks, weights.shape[0])
+    if platform() == 'tpu':
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+        tiles = (block, _tile(rows.shape[1]), _tile(weights.shape[1 if transposed else 2]))
+        out = gmm(rows, weights, sizes, rows.dtype, tiles, transpose_rhs=transposed)
+        # The kernel leaves rows behind the last group as it finds them.
+        return jnp.where(jnp.arange(out.shape[0])[:, None] < blocks * block, out, 0)
+    return lax.ragged_dot(rows, weights.swapaxes(1, 2) if transposed else weights, sizes)
+
+
+def outer(rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int) -> jax.Array:
+    """For each expert rows^T gradient, summed over its rows in float32: the gradient of its matrix, [E, D, F]."""
+    if platform() == 'cpu':
+        return _accumulate_blocks(rows, gradient, owner, blocks, experts)
+    block, sizes = _sizes(rows, owner, blocks, experts)
+    if platform() == 'tpu':
+        from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+        in_use = jnp.arange(rows.shape[0])[:, None] < blocks * block
+        rows, gradient = jnp.where(in_use, rows, 0), jnp.where(in_use, gradient, 0)
+        tiles = (block, _tile(rows.shape[1]), _tile(gradient.shape[1]))
+        product = tgmm(rows.T, gradient, sizes, jnp.float32, tiles)
+        # An expert without rows has no tile, and the kernel leaves its matrix as it finds it.
+        return jnp.where((sizes > 0)[:, None, None], product, 0.0)
+    dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return lax.ragged_dot_general(rows, gradient, sizes, dimensions, preferred_element_type=jnp.float32)
+
+
+def _sizes(rows: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int) -> tuple[int, jax.Array]:
+    """Rows of a block, and int32 [E], the rows of each expert with those that fill its last block."""
+    block = rows.shape[0] // owner.shape[0]
+    in_use = (jnp.arange(owner.shape[0]) < blocks).astype(jnp.int32) * block
+    return block, jax.ops.segment_sum(in_use, owner, num_segments=experts)
+
+
+def _tile(size: int) -> int:
+    """Columns of a tile of the TPU kernels: all of a narrow matrix; else the widest that divides it, if any does."""
+    if size <= 1024:
+        return size
+    return next((tile for tile in range(1024, 511, -128) if size % tile == 0), 1024)
+
+
+def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array, transposed: bool) -> Any:
+    block = rows.shape[0] // owner.shape[0]
+    width = weights.shape[1] if transposed else weights.shape[2]
+
+    def multiply_one(i: jax.Array, out: jax.Array) -> jax.Array:
+        x = lax.dynamic_slice_in_dim(rows, i * block, block)
+        w = lax.dynamic_index_in_dim(weights, owner[i], keepdims=False)
+        y = lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(out, y, i * block, 0)
+
+    return lax.fori_loop(0, blocks, multiply_one, jnp.zeros((rows.shape[0], width), rows.dtype))
+
+
+def _accumulate_blocks(
+    rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int
+) -> jax.Array:
+    block = rows.shape[0] // owner.shape[0]
+
+    def accumulate(i: jax.Array, total: jax.Array) -> jax.Array:
+        x = lax.dynamic_slice_in_dim(rows, i * block, block)
+        g = lax.dynamic_slice_in_dim(gradient, i * block, block)
+        product = jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
+        old = lax.dynamic_index_in_dim(total, owner[i], keepdims=False)
+        return lax.dynamic_update_index_in_dim(total, old + product, owner[i], 0)
+
+    zero = jnp.zeros((experts, rows.shape[1], gradient.shape[1]), jnp.float32)
+    return lax.fori_loop(0, blocks, accumulate, zero)
