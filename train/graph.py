@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
-from train.checkpoint import Checkpoints, read_json, split_address, write_json
+from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
 from train.evaluate import checked, evaluate
 from train.loop import Plan, train
 from train.objectives import joined, regularizers
@@ -34,8 +34,18 @@ Stages = Mapping[str, Mapping[str, Any]]
 
 
 def edges(stage: Mapping[str, Any]) -> list[str]:
-    """The addresses (NAME or NAME@STEP) of the stages that a stage needs."""
+    """The addresses (NAME or NAME@STEP) of what a stage needs: stages of the run, and folders (see `is_folder`)."""
     return [address for address in (stage['parent'], *stage['models'].values()) if address]
+
+
+def is_folder(address: str) -> bool:
+    """Whether an address is a path: of an imported model, or of a stage of another run. It has a slash in it."""
+    return '/' in address
+
+
+def stages_needed(stage: Mapping[str, Any]) -> list[str]:
+    """Names of the stages of the run that a stage needs."""
+    return [split_address(address)[0] for address in edges(stage) if not is_folder(address)]
 
 
 def order(stages: Stages) -> list[str]:
@@ -46,7 +56,7 @@ def order(stages: Stages) -> list[str]:
     """
     graph: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        graph[name] = [split_address(address)[0] for address in edges(stage)]
+        graph[name] = stages_needed(stage)
         for needed in graph[name]:
             if needed not in stages:
                 raise InputError(f'stages.{name} needs stage {needed!r}{did_you_mean(needed, stages)}')
@@ -64,7 +74,7 @@ def needed_for(stages: Stages, last: str) -> list[str]:
     while front:
         name = front.pop()
         wanted.add(name)
-        front += [split_address(address)[0] for address in edges(stages[name])]
+        front += stages_needed(stages[name])
     return [name for name in order(stages) if name in wanted]
 
 
@@ -131,7 +141,9 @@ class Run:
         return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models)
 
     def model_config(self, name: str) -> ModelConfig:
-        """The model as a stage sees it: the run's, with what its ancestors and it itself change."""
+        """The model as a stage sees it: the run's, with what its ancestors and it change; or that of a folder."""
+        if is_folder(name):
+            return ModelConfig.from_dict(read_json(stage_folder(name) / 'config.json')['model'])
         stage = self.stages[name]
         own = as_dict(stage['model'])
         if stage['parent']:
@@ -147,14 +159,17 @@ class Run:
         return int(self.config['tokenizer']['vocab_size'])
 
     def _tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: the one kept in the workdir, a given one, or one trained on the training split."""
+        """The run's tokenizer: the one kept in the workdir, a given one, that of a folder which a stage starts from, or
+        one trained on the training split."""
         folder = self.workdir / 'tokenizer'
         settings = as_dict(self.config['tokenizer'])
         kept = folder.is_dir()
+        names = [split_address(a)[0] for name in self.order for a in edges(self.stages[name]) if is_folder(a)]
+        given = settings['path'] or (tokenizer_folder(stage_folder(names[0])) if names else '')
         if kept:
             tokenizer = Tokenizer.load(folder)
-        elif settings['path']:
-            tokenizer = Tokenizer.load(settings['path'])
+        elif given:
+            tokenizer = Tokenizer.load(given)
         else:
             if not settings['sources']:
                 raise InputError('tokenizer.sources is empty: expected names of sources, or a folder as tokenizer.path')
@@ -165,10 +180,14 @@ class Run:
             print(f'training a tokenizer of {settings["vocab_size"]} tokens', flush=True)
             sources = [open_source(self.config['sources'][name]) for name in settings['sources']]
             tokenizer = train_tokenizer(itertools.chain(*map(sample_texts, sources)), settings['vocab_size'])
-        if tokenizer.vocab_size > settings['vocab_size']:
+        for name in names:
+            if read_json(Path(name) / 'config.json')['tokenizer'] != tokenizer.fingerprint:
+                raise InputError(f'{name} was trained with another tokenizer than {folder if kept else given}')
+        from_scratch = any(not stage['parent'] for stage in self.stages.values())
+        if from_scratch and tokenizer.vocab_size > settings['vocab_size']:
             raise InputError(
                 f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
-                f'the size of {folder if kept else settings["path"]}'
+                f'the size of {folder if kept else given}'
             )
         if kept:
             return tokenizer
@@ -311,11 +330,12 @@ class Run:
         return model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
 
     def _restore(self, name: str, step: int | None, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        checkpoints = Checkpoints(self.workdir / name / 'checkpoints', read_only=True)
+        folder = Path(name) if is_folder(name) else self.workdir / name
+        checkpoints = Checkpoints(folder / 'checkpoints', read_only=True)
         restored = checkpoints.restore(wanted, step)
         checkpoints.close()
         if restored is None:
-            raise InputError(f'{self.workdir / name}: no checkpoint to start from')
+            raise InputError(f'{folder}: no checkpoint to start from')
         return restored.arrays, restored.metadata
 
     def _changes(self, name: str) -> list[list[Any]]:
@@ -323,7 +343,10 @@ class Run:
         parent = split_address(self.stages[name]['parent'])[0]
         if not parent:
             return []
-        before, now = self.record(parent), self.record(name)
+        now = self.record(name)
+        # What made a folder is that one's own affair: only its model can be compared.
+        folder = {'model': self.model_config(parent).to_dict(), 'stage': now['stage']} if is_folder(parent) else None
+        before = folder or self.record(parent)
         return [
             d
             for field in ('model', 'stage')
