@@ -138,8 +138,9 @@ class Checkpoints:
         for name in ARRAYS:
             registry.add(name, ocp.args.StandardSave, handlers[name])
             registry.add(name, ocp.args.StandardRestore, handlers[name])
-        types = ocp.type_handlers.create_type_handler_registry(
-            (Lazy, _LazyHandler()), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        handler = ocp.type_handlers
+        types = handler.create_type_handler_registry(
+            (Lazy, _LazyHandler()), (np.ndarray, handler.NumpyHandler()), (jax.Array, handler.ArrayHandler())
         )
         one_by_one = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
         for name in ('params', 'balance'):

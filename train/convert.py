@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from absl import logging
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -348,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--architecture', choices=list(ARCHITECTURES), default='', help="default: as imported, or DeepSeek's"
     )
     options = parser.parse_args(arguments)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every folder it only reads
     jax.config.update('jax_platforms', 'cpu')  # a matter of files: an accelerator's memory would be in the way
     target = Path(options.target)
     if options.direction == 'import':
