@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,6 @@ def test_one_array_is_in_memory_at_a_time(
     assembled = convert._assembled
 
     def watched(*args: Any) -> np.ndarray:
-        import weakref
-
         nonlocal largest
         array = assembled(*args)
         alive.append(weakref.ref(array))
@@ -474,7 +473,7 @@ def from_folder(parent: str) -> dict[str, Any]:
     config = small.get_config()
     del config.stages.pretrain, config.stages.midtrain
     for stage in config.stages.values():
-        stage.update(steps=3)
+        stage.update(steps=2, microbatches=1)
         stage.optimizer.update(name='adamw', learning_rate=0.001)
     config.stages.sft.parent = parent
     config.sources = ConfigDict({'arithmetic_chat': config.sources.arithmetic_chat})
@@ -497,7 +496,9 @@ def test_training_from_an_imported_model(
 
     assert generate_main([f'--checkpoint={parent}', '--chat', '--prompt=Hi', '--max_tokens=4']) == 0
     assert evaluate_main([f'--checkpoint={parent}', '--tasks=nothing']) == 1
-    Run(from_folder(str(parent)), tmp_path / 'run')()
+    run = Run(from_folder(str(parent)), tmp_path / 'run')
+    run.mesh = small.one_device()
+    run()
     tuned = load(tmp_path / 'run' / 'grpo')
     assert tuned.model.config == load(parent).model.config
     assert tuned.tokenizer.chat_template == TEMPLATE
@@ -510,7 +511,7 @@ def test_training_from_an_imported_model(
     lineage = json.loads((tmp_path / 'run' / 'lineage.json').read_text())
     assert [(stage['name'], stage['parent']) for stage in lineage['stages']] == [('sft', str(parent)), ('grpo', 'sft')]
 
-    Run(from_folder(str(parent)), tmp_path / 'run')()
+    run()
     assert 'sft: finished before' in capsys.readouterr().out
     export_model(str(tmp_path / 'run' / 'grpo'), tmp_path / 'out')
     import_model(tmp_path / 'out', tmp_path / 'back')

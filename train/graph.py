@@ -223,6 +223,7 @@ class Run:
         if not (folder / 'config.json').exists():
             return False
         kept, now = read_json(folder / 'config.json'), self.record(name)
+        kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
             different = [
