@@ -284,6 +284,13 @@ def test_a_group_is_ranked_by_its_best_in_version_2() -> None:
         assert np.asarray(route(scores, np.zeros(4, np.float32), config)[0]).tolist() == chosen
 
 
+def test_routers_without_a_bias_refuse_what_they_lack() -> None:
+    with pytest.raises(ValueError, match="bias_update_rule is 'sign': expected 'none'"):
+        hub_config(topk_method='greedy')
+    with pytest.raises(ValueError, match='n_group is 2: expected 1'):
+        hub_config(topk_method='greedy', bias_update_rule='none', n_group=2)
+
+
 @pytest.mark.parametrize('spelling', ['rope_scaling', 'rope_parameters', 'type'])
 def test_both_spellings_of_the_rotary_settings(spelling: str) -> None:
     config = hub_config(

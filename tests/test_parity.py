@@ -74,7 +74,7 @@ def published(folder: Path, tokenizer: str, kind: str, **changes: Any) -> Any:
         for key, x in model.state_dict().items():
             if x.ndim == 1:
                 # Router biases so low that other groups' experts would win if they were masked with 0 instead of -inf.
-                x.copy_(0.3 * torch.randn(x.shape) + ('norm' in key) - ('bias' in key))
+                x.copy_(0.3 * torch.randn(x.shape) + int('norm' in key) - int('bias' in key))
     model.save_pretrained(folder, max_shard_size='60KB')
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     return model

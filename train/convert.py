@@ -294,6 +294,7 @@ def export_model(
                         if len(pending) == len(left[0][1]):  # in the order of the plan, so the file is complete
                             save_file(pending, folder / left.pop(0)[0], metadata={'format': 'pt'})
                             pending = {}
+                del array, value  # before the next one is read
             if len(plan) > 1:
                 where = {tensor: file for file, names in zip(files, plan, strict=True) for tensor in names}
                 write_json(folder / INDEX, {'metadata': {'total_size': total}, 'weight_map': where})
