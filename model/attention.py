@@ -16,6 +16,7 @@ from model.sharding import constrain, per_device, splits
 from model.splash import splash_attention
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
+LATENT_EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps is: so it is in every published model of this kind
 
 Entries = dict[str, jax.Array]  # what one layer adds to the cache for the tokens it has just seen
 
@@ -198,7 +199,7 @@ class LatentAttention(Module):
         heads, nope, rank = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
         if c.q_lora_rank:
             low = x @ self.weight('q_a_proj', (c.hidden_size, c.q_lora_rank), ('embed', None))
-            low = self.norm('q_a_layernorm', low)
+            low = self.norm('q_a_layernorm', low, LATENT_EPSILON)
             q_up = self.weight('q_b_proj', (c.q_lora_rank, heads, c.qk_head_dim), ('embed', 'heads', None))
         else:
             low, q_up = x, self.weight('q_proj', (c.hidden_size, heads, c.qk_head_dim), ('embed', 'heads', None))
@@ -206,7 +207,7 @@ class LatentAttention(Module):
         q_nope, q_rope = query[..., :nope], rotate(query[..., nope:], positions, c)
 
         down = x @ self.weight('kv_a_proj_with_mqa', (c.hidden_size, rank + c.qk_rope_head_dim), ('embed', None))
-        latent = self.norm('kv_a_layernorm', down[..., :rank])
+        latent = self.norm('kv_a_layernorm', down[..., :rank], LATENT_EPSILON)
         k_rope = rotate(down[..., rank:], positions, c)
         kv_up = self.weight('kv_b_proj', (rank, heads, nope + c.v_head_dim), ('embed', 'heads', None), cast=False)
         output = self.weight('o_proj', (heads, c.v_head_dim, c.hidden_size), ('heads', None, 'embed'), inputs=2)

@@ -38,6 +38,9 @@ class ModelConfig:
     moe_intermediate_size: int = 192
     scoring_func: str = 'sigmoid'  # or 'softmax'
     norm_topk_prob: bool = True
+    # How groups are ranked: 'noaux_tc' by their two best biased scores (DeepSeek-V3), 'group_limited_greedy' by their
+    # best one, without a bias (DeepSeek-V2); 'greedy' knows no groups and no bias (DeepSeek-V2-Lite).
+    topk_method: str = 'noaux_tc'
     routed_scaling_factor: float = 1.0
     n_group: int = 1  # experts stand in n_group groups; a token may use topk_group of them
     topk_group: int = 1
@@ -126,8 +129,14 @@ class ModelConfig:
             expect(0 < k <= experts, 'num_experts_per_tok', f'1 to n_routed_experts={experts}')
             expect(experts % self.n_group == 0, 'n_group', f'a divisor of n_routed_experts={experts}')
             expect(0 < self.topk_group <= self.n_group, 'topk_group', f'1 to n_group={self.n_group}')
+            if self.topk_method != 'noaux_tc':
+                rule = f"'none' with topk_method={self.topk_method!r}, which has no bias"
+                expect(self.bias_update_rule == 'none', 'bias_update_rule', rule)
+            if self.topk_method == 'greedy':
+                expect(self.n_group == 1, 'n_group', "1 with topk_method='greedy'")
             if self.n_group > 1:
-                expect(experts // self.n_group >= 2, 'n_group', 'groups of two experts or more')
+                two = self.topk_method == 'group_limited_greedy' or experts // self.n_group >= 2
+                expect(two, 'n_group', 'groups of two experts or more')
                 room = self.topk_group * (experts // self.n_group)
                 expect(k <= room, 'num_experts_per_tok', f'at most the {room} experts of topk_group groups')
 
@@ -151,6 +160,7 @@ class ModelConfig:
 _CHOICES = {
     'attention': ('mla', 'gqa'),
     'scoring_func': ('sigmoid', 'softmax'),
+    'topk_method': ('noaux_tc', 'greedy', 'group_limited_greedy'),
     'bias_update_rule': ('sign', 'bounded', 'none'),
     'dtype': ('float32', 'bfloat16'),
     'gradient_dtype': ('float32', 'bfloat16'),

@@ -22,8 +22,9 @@ Statistics = dict[str, jax.Array]
 def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Chooses experts by biased scores and weighs them by unbiased ones (DeepSeek-V3, equations 12 to 16).
 
-    With groups, only the topk_group groups with the largest sum of their two best biased scores take part; the experts
-    of the others are masked with -inf, as in DeepSeek's own inference code.
+    With groups, only the topk_group groups with the largest sum of their two best biased scores take part (their single
+    best score under 'group_limited_greedy': DeepSeek-V2, section 2.2.2); the experts of the others are masked with
+    -inf, as in DeepSeek's own inference code.
 
     Args:
         scores: affinities after sigmoid or softmax, float32 [..., E]; bias: float32 [E].
@@ -34,8 +35,8 @@ def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.
     choice = scores + bias.reshape((1,) * (scores.ndim - 1) + (-1,))
     if config.n_group > 1:
         grouped = choice.reshape(*choice.shape[:-1], config.n_group, -1)
-        best_two = lax.top_k(grouped, 2)[0].sum(-1)
-        _, kept = lax.top_k(best_two, config.topk_group)
+        best = lax.top_k(grouped, 1 if config.topk_method == 'group_limited_greedy' else 2)[0].sum(-1)
+        _, kept = lax.top_k(best, config.topk_group)
         allowed = jax.nn.one_hot(kept, config.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
     _, ids = lax.top_k(lax.stop_gradient(choice), config.num_experts_per_tok)

@@ -84,10 +84,10 @@ class Module(nn.Module):
             return value.astype(dtype) if cast else value
         return gathered(value.astype(dtype), axes)
 
-    def norm(self, name: str, x: jax.Array) -> jax.Array:
-        """Root-mean-square norm over the last axis, in float32, with a learned scale."""
+    def norm(self, name: str, x: jax.Array, epsilon: float | None = None) -> jax.Array:
+        """Root-mean-square norm over the last axis, in float32, with a learned scale; rms_norm_eps if no epsilon."""
         scale = self.weight(name, x.shape[-1:], (None,), inputs=0, init='ones', role='vector')
-        return rms_norm(x, scale, self.config.rms_norm_eps)
+        return rms_norm(x, scale, self.config.rms_norm_eps if epsilon is None else epsilon)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

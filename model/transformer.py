@@ -50,15 +50,16 @@ def _policy(remat: str) -> Any:
 
 
 class MultiTokenModule(Module):
-    """One depth of multi-token prediction (DeepSeek-V3, equations 21 to 23): it reads the stream of the depth before it
-    and the embedding of the token `depth` places ahead, and predicts the token after that one."""
+    """One depth of multi-token prediction (DeepSeek-V3, equations 21 to 23): it reads what the head reads of the depth
+    before it (behind that one's last norm, as the released weights expect) and the embedding of the token `depth`
+    places ahead, and predicts the token after that one."""
 
     depth: int = 1
 
     @nn.compact
     def __call__(
         self, stream: jax.Array, embedded: jax.Array, positions: jax.Array, segments: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Statistics]:
+    ) -> tuple[jax.Array, Statistics]:
         c = self.config
         ahead = jnp.roll(embedded, -self.depth, axis=1)
         joined = jnp.concatenate([self.norm('hnorm', stream), self.norm('enorm', ahead)], axis=-1)
@@ -68,7 +69,7 @@ class MultiTokenModule(Module):
         segments = jnp.where(last == segments, segments, 0)
         block = nn.remat(Block, policy=_policy(c.remat)) if c.remat != 'none' else Block
         x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, positions, segments, None)
-        return x, self.norm('norm', x), statistics
+        return self.norm('norm', x), statistics
 
 
 class Transformer(Module):
@@ -112,11 +113,11 @@ class Transformer(Module):
         hidden = self.norm('norm', x)
 
         ahead: list[jax.Array] = []
-        stream = x
+        stream = hidden
         for depth in range(1, c.num_nextn_predict_layers + 1) if multi_token else ():
             module = MultiTokenModule(c, depth=depth, name=f'multi_token_{depth}')
-            stream, state, more = module(stream, embedded, positions, segments)
-            ahead.append(state)
+            stream, more = module(stream, embedded, positions, segments)
+            ahead.append(stream)
             if c.is_moe:
                 layer = {key: x[None] for key, x in more.items()}  # the trunk may have no expert layer of its own
                 statistics = {

@@ -109,10 +109,10 @@ def latent_attention(p: Tree, x: Array, positions: Array, c: Any) -> tuple[Array
     out, latents, shared_keys = np.zeros_like(x), [], []
     for t, position in enumerate(positions):
         down = x[t] @ p['kv_a_proj_with_mqa']
-        latents.append(rms_norm(down[:rank], p['kv_a_layernorm'], c.rms_norm_eps))
+        latents.append(rms_norm(down[:rank], p['kv_a_layernorm'], 1e-6))
         shared_keys.append(rotate(down[rank:], position, c))
         if c.q_lora_rank:
-            query_latent = rms_norm(x[t] @ p['q_a_proj'], p['q_a_layernorm'], c.rms_norm_eps)
+            query_latent = rms_norm(x[t] @ p['q_a_proj'], p['q_a_layernorm'], 1e-6)
             to_query = p['q_b_proj']
         else:
             query_latent, to_query = x[t], p['q_proj']
@@ -150,7 +150,8 @@ def route(scores: Array, bias: Array, c: Any) -> tuple[list[int], Array]:
     size = len(biased) // c.n_group
     groups = [list(range(g * size, (g + 1) * size)) for g in range(c.n_group)]
     if c.n_group > 1:
-        groups.sort(key=lambda group: -sum(sorted(biased[i] for i in group)[-2:]))
+        best = 1 if c.topk_method == 'group_limited_greedy' else 2
+        groups.sort(key=lambda group: -sum(sorted(biased[i] for i in group)[-best:]))
         groups = groups[: c.topk_group]
     candidates = sorted(i for group in groups for i in group)
     chosen = sorted(candidates, key=lambda i: -biased[i])[: c.num_experts_per_tok]
@@ -242,9 +243,10 @@ def forward(variables: Tree, tokens: Array, c: Any) -> dict[str, Any]:
         x, new, choice = block(weights, bias, x, positions, c)
         entries.append(new)
         routed += [] if dense else [choice]
-    result: dict[str, Any] = {'logits': rms_norm(x, p['norm'], c.rms_norm_eps) @ head.T, 'multi_token': []}
+    x = rms_norm(x, p['norm'], c.rms_norm_eps)
+    result: dict[str, Any] = {'logits': x @ head.T, 'multi_token': []}
 
-    # DeepSeek-V3, equations 21 to 23: module k joins the stream at i and the embedding of token i + k.
+    # DeepSeek-V3, equations 21 to 23: module k joins what the head reads at i and the embedding of token i + k.
     for k in range(1, c.num_nextn_predict_layers + 1):
         module, n = p[f'multi_token_{k}'], max(len(tokens) - k, 0)
         stream = rms_norm(x[:n], module['hnorm'], c.rms_norm_eps)
@@ -256,7 +258,8 @@ def forward(variables: Tree, tokens: Array, c: Any) -> dict[str, Any]:
         else:
             choice = (np.zeros((0, c.n_routed_experts)), [])
         routed += [choice] if c.n_routed_experts else []
-        result['multi_token'].append(rms_norm(x, module['norm'], c.rms_norm_eps) @ head.T)
+        x = rms_norm(x, module['norm'], c.rms_norm_eps)
+        result['multi_token'].append(x @ head.T)
     return {**result, 'entries': entries, 'routed': routed}
 
 

@@ -41,6 +41,7 @@ def same_choice(ids, weights, expected_ids, expected_weights):
         dict(num_experts_per_tok=3, routed_scaling_factor=2.5),
         dict(n_group=4, topk_group=2, num_experts_per_tok=3, norm_topk_prob=False, routed_scaling_factor=2.5),
         dict(n_group=2, topk_group=1, num_experts_per_tok=4),
+        dict(n_group=4, topk_group=2, topk_method='group_limited_greedy', bias_update_rule='none'),
         dict(num_experts_per_tok=8),
     ],
 )

@@ -6,11 +6,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from data.errors import InputError
@@ -51,6 +54,32 @@ class Loaded:
     metadata: Metadata
 
 
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A float32 array of a tree to save that is made by `read` whenever it is needed, and not kept."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    dtype = np.dtype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes arrays one after the other, so that one of them is in memory at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Lazy], infos: Any, args: Any = None) -> list[Any]:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.read()], [info], [arg]):
+                written.result()
+        return []
+
+
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
     """Two wrapping uint32 sums a leaf over its bits, the second weighted by position: no sharding changes them."""
@@ -64,10 +93,26 @@ def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(x) for x in leaves]
 
 
+def _host_fingerprint(x: np.ndarray) -> tuple[int, int]:
+    """The same two sums of an array on the host, piece by piece: they need next to no memory beside it."""
+    bits = np.ascontiguousarray(x).reshape(-1).view(f'u{x.dtype.itemsize}')
+    plain, placed = np.uint32(0), np.uint32(0)
+    with np.errstate(over='ignore'):
+        for start in range(0, bits.size, 2**24):
+            piece = bits[start : start + 2**24].astype(np.uint32)
+            place = np.arange(start, start + piece.size, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(1)
+            plain += piece.sum(dtype=np.uint32)
+            placed += (piece * place.astype(np.uint32)).sum(dtype=np.uint32)
+    return int(plain), int(placed)
+
+
 def fingerprints(tree: Any) -> dict[str, str]:
     """For each leaf's path: dtype, shape and fingerprint in one string."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = fetch(_fingerprints([jnp.asarray(x) for _, x in leaves]))
+    if leaves and isinstance(leaves[0][1], (Lazy, np.ndarray)):
+        sums = [_host_fingerprint(x.read() if isinstance(x, Lazy) else x) for _, x in leaves]
+    else:
+        sums = fetch(_fingerprints([jnp.asarray(x) for _, x in leaves]))
     named = zip(leaves, sums, strict=True)
     return {jax.tree_util.keystr(p): f'{x.dtype} {list(x.shape)} {s[0]:08x}{s[1]:08x}' for (p, x), s in named}
 
@@ -95,6 +140,14 @@ class Checkpoints:
         for name in ARRAYS:
             registry.add(name, ocp.args.StandardSave, handlers[name])
             registry.add(name, ocp.args.StandardRestore, handlers[name])
+        handler = ocp.type_handlers
+        types = handler.create_type_handler_registry(
+            (Lazy, _LazyHandler()), (np.ndarray, handler.NumpyHandler()), (jax.Array, handler.ArrayHandler())
+        )
+        one_by_one = ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+        for name in ('params', 'balance'):
+            registry.add(name, ocp.args.PyTreeSave, one_by_one)
+            registry.add(name, ocp.args.PyTreeRestore, one_by_one)
         for name in ('stream', 'metadata'):
             registry.add(name, ocp.args.JsonSave, handlers[name])
             registry.add(name, ocp.args.JsonRestore, handlers[name])
@@ -109,7 +162,8 @@ class Checkpoints:
     def save(self, step: int, state: State, stream: Any, metadata: Metadata) -> None:
         """Starts to save; the arrays are copied before it returns, the disk is written behind the run's back.
 
-        `stream`: the state of this process's stream; that of all is saved.
+        `stream`: the state of this process's stream; that of all is saved. Trees of `Lazy` arrays are written before it
+        returns, each array made twice and one in memory at a time.
         """
         stream = merged([json.loads(text) for text in gather_text(json.dumps(stream))])
         arrays = {name: state[name] for name in ARRAYS if jax.tree.leaves(state[name])}
@@ -120,7 +174,7 @@ class Checkpoints:
             'stream_sha256': _digest(stream),
         }
         record['sha256'] = _digest(record)
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items: dict[str, Any] = {name: _saving(tree) for name, tree in arrays.items()}
         items |= {'stream': ocp.args.JsonSave(stream), 'metadata': ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
@@ -165,12 +219,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _read(self, step: int, wanted: dict[str, Any]) -> Restored:
-        items = {'stream': ocp.args.JsonRestore(), 'metadata': ocp.args.JsonRestore()}
-        read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        metadata = dict(read['metadata'])
-        claimed = metadata.pop('sha256', None)
-        if claimed != _digest(metadata) or metadata['stream_sha256'] != _digest(read['stream']):
-            raise ValueError('its metadata or stream state does not match its checksum')
+        stream, metadata = self._records(step)
         _check_shapes(self._folder / str(step), wanted, metadata['arrays'])
         present = {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)}
         arrays = {name: tree for name, tree in wanted.items() if name not in present}
@@ -181,7 +230,55 @@ class Checkpoints:
                 if fingerprints(restored[name]) != metadata['arrays'][name]:
                     raise ValueError(f'its {name} do not match their fingerprints')
                 arrays[name] = restored[name]
-        return Restored(arrays, read['stream'], metadata)
+        return Restored(arrays, stream, metadata)
+
+    def _records(self, step: int) -> tuple[Any, Metadata]:
+        """The stream's state and the metadata of a checkpoint; ValueError where they are not what was saved."""
+        items = {'stream': ocp.args.JsonRestore(), 'metadata': ocp.args.JsonRestore()}
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        metadata = dict(read['metadata'])
+        claimed = metadata.pop('sha256', None)
+        if claimed != _digest(metadata) or metadata['stream_sha256'] != _digest(read['stream']):
+            raise ValueError('its metadata or stream state does not match its checksum')
+        return read['stream'], metadata
+
+    def reader(self, wanted: dict[str, Any], step: int | None = None) -> Callable[[Sequence[str]], np.ndarray]:
+        """A function from the path of a leaf, such as ('params', 'norm'), to its array: one in memory at a time.
+
+        Args:
+            wanted: the trees of shapes of 'params' and 'balance' that should be there.
+            step: the last one when absent.
+
+        Raises:
+            InputError: no such checkpoint, another architecture, or (the function) an array that is broken.
+        """
+        steps = self.steps()
+        step = step if step is not None or not steps else steps[-1]
+        if step not in steps:
+            raise InputError(f'{self._folder}: no checkpoint{"" if step is None else f" of step {step}"} in it')
+        folder = self._folder / str(step)
+        try:
+            stored = self._records(step)[1]['arrays']
+        except Exception as error:  # whatever a broken file makes Orbax raise
+            raise InputError(f'{folder}: the checkpoint cannot be read: {str(error).splitlines()[0]}') from error
+        _check_shapes(folder, wanted, stored)
+
+        def read(path: Sequence[str]) -> np.ndarray:
+            tree: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+            for key in reversed(path[1:]):
+                tree = {key: tree}
+            args = ocp.args.PyTreeRestore(tree, restore_args=tree, partial_restore=True)
+            try:
+                leaf = self._manager.restore(step, args=ocp.args.Composite(**{path[0]: args}))[path[0]]
+                ((key, found),) = fingerprints(leaf).items()
+            except Exception as error:
+                line = str(error).strip().split('\n')[0]
+                raise InputError(f'{folder}: {"/".join(path)} cannot be read: {line}') from error
+            if found != stored[path[0]][key]:
+                raise InputError(f'{folder}: {"/".join(path)} does not match its fingerprint')
+            return jax.tree.leaves(leaf)[0]
+
+        return read
 
     def wait(self) -> None:
         """Returns when everything is on disk; an error of the disk surfaces here."""
@@ -190,6 +287,13 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and lets go of Orbax's threads."""
         self._manager.close()
+
+
+def _saving(tree: Any) -> Any:
+    if not any(isinstance(x, Lazy) for x in jax.tree.leaves(tree)):
+        return ocp.args.StandardSave(tree)
+    # In pieces: a compressed copy of a whole array would take as much memory as the array.
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**28), tree))
 
 
 def _check_shapes(folder: Path, wanted: dict[str, Any], stored: dict[str, dict[str, str]]) -> None:
@@ -236,6 +340,20 @@ def split_address(address: str) -> tuple[str, int | None]:
     return name, int(step) if at else None
 
 
+def stage_folder(name: str | Path) -> Path:
+    """The folder of a stage, DIR/STAGE, or of an imported model; InputError if it has no checkpoints."""
+    folder = Path(name)
+    if not (folder / 'checkpoints').is_dir():
+        raise InputError(f'{folder}: expected a stage folder of a run (DIR/STAGE) with checkpoints in it')
+    return folder
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Where the tokenizer of a stage is: an imported model has its own, the stages of a run share theirs."""
+    own = folder / 'tokenizer'
+    return own if own.is_dir() else folder.parent / 'tokenizer'
+
+
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     """Loads a stage's checkpoint for use: DIR/STAGE, or DIR/STAGE@STEP for one that is not its last.
 
@@ -243,9 +361,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         InputError: no such stage, no checkpoint in it, or a broken one; the message names the path.
     """
     name, step = split_address(str(path))
-    folder = Path(name)
-    if not (folder / 'checkpoints').is_dir():
-        raise InputError(f'{folder}: expected a stage folder of a run (DIR/STAGE) with checkpoints in it')
+    folder = stage_folder(name)
     config = read_json(folder / 'config.json')
     model = Model(ModelConfig.from_dict(config['model']))
     shapes = model.shapes(mesh if mesh is not None else make_mesh({'data': 1}, jax.devices()[:1]))
@@ -256,5 +372,5 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None) -> Loaded:
         checkpoints.close()
     if restored is None:
         raise InputError(f'{folder}: no checkpoint in it yet')
-    tokenizer = Tokenizer.load(folder.parent / 'tokenizer')
+    tokenizer = Tokenizer.load(tokenizer_folder(folder))
     return Loaded(model, restored.arrays, tokenizer, config, restored.metadata)

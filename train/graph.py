@@ -22,7 +22,7 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
-from train.checkpoint import Checkpoints, read_json, split_address, write_json
+from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
 from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
@@ -35,8 +35,18 @@ Stages = Mapping[str, Mapping[str, Any]]
 
 
 def edges(stage: Mapping[str, Any]) -> list[str]:
-    """The addresses (NAME or NAME@STEP) of the stages that a stage needs."""
+    """The addresses (NAME or NAME@STEP) of what a stage needs: stages of the run, and folders (see `is_folder`)."""
     return [address for address in (stage['parent'], *stage['models'].values()) if address]
+
+
+def is_folder(address: str) -> bool:
+    """Whether an address is a path: of an imported model, or of a stage of another run. It has a slash in it."""
+    return '/' in address
+
+
+def stages_needed(stage: Mapping[str, Any]) -> list[str]:
+    """Names of the stages of the run that a stage needs."""
+    return [split_address(address)[0] for address in edges(stage) if not is_folder(address)]
 
 
 def order(stages: Stages) -> list[str]:
@@ -47,7 +57,7 @@ def order(stages: Stages) -> list[str]:
     """
     graph: dict[str, list[str]] = {}
     for name, stage in stages.items():
-        graph[name] = [split_address(address)[0] for address in edges(stage)]
+        graph[name] = stages_needed(stage)
         for needed in graph[name]:
             if needed not in stages:
                 raise InputError(f'stages.{name} needs stage {needed!r}{did_you_mean(needed, stages)}')
@@ -65,7 +75,7 @@ def needed_for(stages: Stages, last: str) -> list[str]:
     while front:
         name = front.pop()
         wanted.add(name)
-        front += [split_address(address)[0] for address in edges(stages[name])]
+        front += stages_needed(stages[name])
     return [name for name in order(stages) if name in wanted]
 
 
@@ -142,7 +152,9 @@ class Run:
         return Layout(self.mesh, stage['batch_size'], stage['sequence_length'], stage['microbatches'])
 
     def model_config(self, name: str) -> ModelConfig:
-        """The model as a stage sees it: the run's, with what its ancestors and it itself change."""
+        """The model as a stage sees it: the run's, with what its ancestors and it change; or that of a folder."""
+        if is_folder(name):
+            return ModelConfig.from_dict(read_json(stage_folder(name) / 'config.json')['model'])
         stage = self.stages[name]
         own = as_dict(stage['model'])
         if stage['parent']:
@@ -158,14 +170,17 @@ class Run:
         return int(self.config['tokenizer']['vocab_size'])
 
     def _tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: the one kept in the workdir, a given one, or one trained on the training split."""
+        """The run's tokenizer: the one kept in the workdir, a given one, that of a folder which a stage starts from, or
+        one trained on the training split."""
         folder = self.workdir / 'tokenizer'
         settings = as_dict(self.config['tokenizer'])
         kept = folder.is_dir()
+        names = [split_address(a)[0] for name in self.order for a in edges(self.stages[name]) if is_folder(a)]
+        given = settings['path'] or (tokenizer_folder(stage_folder(names[0])) if names else '')
         if kept:
             tokenizer = Tokenizer.load(folder)
-        elif settings['path']:
-            tokenizer = Tokenizer.load(settings['path'])
+        elif given:
+            tokenizer = Tokenizer.load(given)
         else:
             if not settings['sources']:
                 raise InputError('tokenizer.sources is empty: expected names of sources, or a folder as tokenizer.path')
@@ -176,10 +191,14 @@ class Run:
             say(f'training a tokenizer of {settings["vocab_size"]} tokens')
             sources = [open_source(self.config['sources'][name]) for name in settings['sources']]
             tokenizer = train_tokenizer(itertools.chain(*map(sample_texts, sources)), settings['vocab_size'])
-        if tokenizer.vocab_size > settings['vocab_size']:
+        for name in names:
+            if read_json(Path(name) / 'config.json')['tokenizer'] != tokenizer.fingerprint:
+                raise InputError(f'{name} was trained with another tokenizer than {folder if kept else given}')
+        from_scratch = any(not stage['parent'] for stage in self.stages.values())
+        if from_scratch and tokenizer.vocab_size > settings['vocab_size']:
             raise InputError(
                 f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
-                f'the size of {folder if kept else settings["path"]}'
+                f'the size of {folder if kept else given}'
             )
         if kept:
             return tokenizer
@@ -215,6 +234,7 @@ class Run:
         if not (folder / 'config.json').exists():
             return False
         kept, now = read_json(folder / 'config.json'), self.record(name)
+        kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
             different = [
@@ -321,11 +341,12 @@ class Run:
         return model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
 
     def _restore(self, name: str, step: int | None, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        checkpoints = Checkpoints(self.workdir / name / 'checkpoints', read_only=True)
+        folder = Path(name) if is_folder(name) else self.workdir / name
+        checkpoints = Checkpoints(folder / 'checkpoints', read_only=True)
         restored = checkpoints.restore(wanted, step)
         checkpoints.close()
         if restored is None:
-            raise InputError(f'{self.workdir / name}: no checkpoint to start from')
+            raise InputError(f'{folder}: no checkpoint to start from')
         return restored.arrays, restored.metadata
 
     def _changes(self, name: str) -> list[list[Any]]:
@@ -333,7 +354,10 @@ class Run:
         parent = split_address(self.stages[name]['parent'])[0]
         if not parent:
             return []
-        before, now = self.record(parent), self.record(name)
+        now = self.record(name)
+        # What made a folder is that one's own affair: only its model can be compared.
+        folder = {'model': self.model_config(parent).to_dict(), 'stage': now['stage']} if is_folder(parent) else None
+        before = folder or self.record(parent)
         return [
             d
             for field in ('model', 'stage')

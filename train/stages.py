@@ -57,7 +57,8 @@ class Kind:
 
 COMMON: dict[str, Any] = {
     'kind': '',
-    'parent': '',  # NAME or NAME@STEP; '' starts from scratch
+    # NAME or NAME@STEP; the path (with a slash) of an imported model or of another run's stage; '' starts from scratch.
+    'parent': '',
     'models': {'reference': ''},  # other checkpoints the stage needs
     'model': {},  # fields of the model that change from this stage on, such as rope_theta
     'seed': -1,  # -1: the run's
