@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,12 +22,35 @@ State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}
 
 def initial_state(variables: Variables, optimizer: optax.GradientTransformation) -> State:
     """The state before a stage's first step."""
+    params = variables['params']
+    shardings = jax.tree.map(lambda x: x.sharding, optimizer_shapes(optimizer, params))
     return {
-        'params': variables['params'],
+        'params': params,
         'balance': variables['balance'],
-        'optimizer': jax.jit(optimizer.init)(variables['params']),
+        'optimizer': jax.jit(optimizer.init, out_shardings=shardings)(params),
         'step': jnp.zeros((), jnp.int32),
     }
+
+
+def optimizer_shapes(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's state as ShapeDtypeStructs, each leaf sharded as the parameter it is kept for.
+
+    Left to itself the compiler would copy fresh moments to every device. A leaf belongs to the parameter whose path its
+    own path ends with; what belongs to none (a step counter) is copied.
+
+    Args:
+        params: arrays, or ShapeDtypeStructs with shardings.
+    """
+    owners = dict(jax.tree_util.tree_leaves_with_path(params))
+    first = next(iter(owners.values())).sharding
+    whole = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
+
+    def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owner = next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), None)
+        sharding = owner.sharding if owner is not None and owner.shape == x.shape else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(optimizer.init, params))
 
 
 def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, microbatches: int) -> dict[str, jax.Array]:
@@ -35,17 +58,23 @@ def place(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, microbatches: i
 
     Scalars are copied to every device. Raises InputError where B does not divide.
     """
+    shapes = placed_shapes(batch, mesh, microbatches)
+    return {name: jax.device_put(np.reshape(x, shapes[name].shape), shapes[name].sharding) for name, x in batch.items()}
+
+
+def placed_shapes(batch: Mapping[str, Any], mesh: jax.sharding.Mesh, microbatches: int) -> dict[str, Any]:
+    """What `place` makes of a batch, as ShapeDtypeStructs; the batch needs shapes and dtypes only."""
     ways = int(np.prod([mesh.shape[axis] for axis in RULES['batch']]))
 
-    def leaf(x: np.ndarray) -> jax.Array:
-        if not np.ndim(x):
-            return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec()))
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        if not x.shape:
+            return jax.ShapeDtypeStruct((), x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
         if x.shape[0] % (microbatches * ways):
             raise InputError(
                 f'batch_size {x.shape[0]} is no multiple of {microbatches} microbatches on {ways} ways of the mesh'
             )
-        x = x.reshape(microbatches, x.shape[0] // microbatches, *x.shape[1:])
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, RULES['batch'])))
+        shape = (microbatches, x.shape[0] // microbatches, *x.shape[1:])
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(None, RULES['batch'])))
 
     return {name: leaf(x) for name, x in batch.items()}
 
