@@ -130,7 +130,9 @@ def table(program: Program, cost: Cost, chip: Chip, chips: int) -> str:
         ('FLOPs', f'{_flops(cost.flops)}, {cost.flops / max(model_flops, 1):.2f} times the model FLOPs'),
         ('model FLOPs', _flops(model_flops)),
     ]
-    rows += [('  in a kernel', f'{_flops(flops)} in {name}') for name, flops in cost.kernels.items()]
+    for name, flops in cost.kernels.items():
+        known = 'under a causal mask' if name.startswith('splash') else 'as it states'
+        rows.append(('  in a kernel', f'{_flops(flops)} in {name}, {known}'))
     rows += [('  not counted', f'kernel {name}, {int(n)} times') for name, n in cost.uncounted.items()]
     rows.append(('memory traffic', _bytes(cost.memory)))
     rows += [

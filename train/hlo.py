@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -207,7 +208,7 @@ def _own(one: Instruction, body: Computation, computations: dict[str, Computatio
             own.uncounted[label] = 1
         else:
             own.flops = own.kernels[label] = flops
-    if not fused and one.opcode not in _FREE and not one.opcode.endswith('-done'):
+    if not fused and one.operands and one.opcode not in _FREE and not one.opcode.endswith('-done'):
         own.memory = _traffic(one, body, computations)
     return own
 
@@ -330,20 +331,31 @@ def _traffic(one: Instruction, body: Computation, computations: dict[str, Comput
     read = [float(sum(shape.size for shape in shapes)) for shapes in operands]
     if one.opcode in _SLICES:
         return 2.0 * written if read and read[0] else written
-    if one.opcode.endswith('-start'):  # the result holds the operands too
-        return max(0.0, written - sum(read)) + sum(read) if one.opcode != 'all-reduce-start' else written + sum(read)
+    if one.opcode.endswith('-start'):  # of most, the result holds the operands too
+        return max(written, sum(read)) if one.opcode != 'all-reduce-start' else written + sum(read)
     if one.opcode == 'dynamic-update-slice':
         return 2.0 * read[1]
-    inner = computations.get(next(iter(one.called('calls')), ''), {}) if one.opcode == 'fusion' else {}
-    for part in inner.values():
-        if part.opcode == 'parameter' and int(part.arguments) < len(read):
-            users = [user for user in inner.values() if part.name in user.operands]
-            place = int(part.arguments)
-            if users and all(user.opcode in _SLICES and user.operands[0] == part.name for user in users):
-                read[place] = min(read[place], sum(shape.size for user in users for shape in user.shapes))
-            elif users and all(
-                user.opcode == 'dynamic-update-slice' and user.operands[0] == part.name for user in users
-            ):
-                whole, read[place] = read[place], 0.0
-                written += sum(inner[user.operands[1]].shapes[0].size for user in users) - whole
+    if one.opcode == 'fusion':
+        inner = computations[one.called('calls')[0]]
+        for part in inner.values():
+            place = int(part.arguments) if part.opcode == 'parameter' else len(read)
+            if place < len(read):
+                users = list(_users(part.name, inner))
+                if users and all(user.opcode in _SLICES and name == user.operands[0] for name, user in users):
+                    read[place] = min(read[place], sum(shape.size for _, user in users for shape in user.shapes))
+                elif users and all(
+                    user.opcode == 'dynamic-update-slice' and name == user.operands[0] for name, user in users
+                ):
+                    written += sum(inner[user.operands[1]].shapes[0].size for _, user in users) - read[place]
+                    read[place] = 0.0
     return max(0.0, written) + sum(read)
+
+
+def _users(name: str, body: Computation) -> Iterator[tuple[str, Instruction]]:
+    """What reads a value, with the name it reads it by: that of a view may be another."""
+    for one in body.values():
+        if name in one.operands:
+            if one.opcode == 'bitcast':
+                yield from _users(one.name, body)
+            else:
+                yield name, one
