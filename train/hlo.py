@@ -230,7 +230,7 @@ def trip_count(loop: Instruction, body: Computation, computations: dict[str, Com
     if root is not None and root.opcode == 'compare' and 'direction=LT' in root.attributes and len(sides) == 2:
         first, last = (_start_value(side, condition, loop, body) for side in sides)
         if first is not None and last is not None:
-            return max(0, last - first), True
+            return max(0, -((first - last) // _stride(condition[sides[0]], loop, computations))), True
     noted = re.search(rf'{TRIPS}(\d+)\)*/while$', loop.scope)
     return (int(noted.group(1)) if noted else 1), False
 
@@ -239,13 +239,33 @@ def _start_value(name: str, condition: Computation, loop: Instruction, body: Com
     """The constant that something in a loop's condition is when the loop begins."""
     one = condition[name]
     if one.opcode == 'get-tuple-element':
-        index = re.search(r'index=(\d+)', one.attributes)
         state = body[loop.operands[0]]
-        if index is None or state.opcode != 'tuple':
-            return None
-        one, condition = body[state.operands[int(index.group(1))]], body
+        return _constant(state.operands[_index(one)], body) if state.opcode == 'tuple' else None
+    return _constant(name, condition)
+
+
+def _stride(counter: Instruction, loop: Instruction, computations: dict[str, Computation]) -> int:
+    """What the body of a loop adds to its counter; 1 where that cannot be read."""
+    body = computations[loop.called('body')[0]]
+    end = next(one for one in body.values() if one.root)
+    if counter.opcode != 'get-tuple-element' or end.opcode != 'tuple':
+        return 1
+    sum_of = body.get(end.operands[_index(counter)])
+    while sum_of is not None and sum_of.opcode in _SAME:
+        sum_of = body.get(sum_of.operands[0])
+    if sum_of is None or sum_of.opcode != 'add':
+        return 1
+    return next((value for name in sum_of.operands if (value := _constant(name, body))), 1)
+
+
+def _index(one: Instruction) -> int:
+    return int(one.attributes.partition('index=')[2].split(',')[0])
+
+
+def _constant(name: str, body: Computation) -> int | None:
+    one = body[name]
     while one.opcode in _SAME:
-        one = condition[one.operands[0]]
+        one = body[one.operands[0]]
     return int(one.arguments) if one.opcode == 'constant' and one.arguments.lstrip('-').isdigit() else None
 
 
