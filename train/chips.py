@@ -42,19 +42,18 @@ class Chip:
     source: str
 
 
-# HBM and links are from the page of TPU7x, which gives links in both directions together, or that of v5e, in bits.
-_SLICES: dict[str, tuple[float, float, float]] = {
-    'TPU v5': (95 * 2**30, 2765e9, 1200e9 / 2),
-    'TPU v5 lite': (16 * 2**30, 819e9, 1600e9 / 8),
-    'TPU v6 lite': (32 * 2**30, 1638e9, 800e9 / 2),
-    'TPU7x': (192 * 2**30 / 2, 7380e9 / 2, 1200e9 / 2 / 2),
+# HBM, its bandwidth, links. The pages give links in both directions together, that of v5e in one direction and in bits.
+_SLICES: dict[str, tuple[float, float, float, str]] = {
+    'TPU v5': (95 * 2**30, 2765e9, 1200e9 / 2, f'{TPU}/tpu7x'),
+    'TPU v5 lite': (16 * 2**30, 819e9, 1600e9 / 8, f'{TPU}/v5e'),
+    'TPU v6 lite': (32 * 2**30, 1638e9, 800e9 / 2, f'{TPU}/tpu7x'),
+    'TPU7x': (192 * 2**30 / 2, 7380e9 / 2, 1200e9 / 2 / 2, f'{TPU}/tpu7x'),
 }
 
 
 def chip_of(kind: str) -> Chip | None:
     """The chip of that device kind, or None."""
-    peak = PEAKS.get(kind)
-    return Chip(peak[0], *_SLICES[kind], peak[1]) if peak and kind in _SLICES else None
+    return Chip(PEAKS[kind][0], *_SLICES[kind]) if kind in _SLICES else None
 
 
 def known_peak(kind: str) -> tuple[float, str] | None:

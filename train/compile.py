@@ -97,13 +97,13 @@ def check(config: Mapping[str, Any], stage: str, topology: str) -> None:
         f'{chip.bandwidth / 1e9:.0f} GB/s, {chip.links / 1e9:.0f} GB/s sent over all links: {chip.source}',
         flush=True,
     )
-    stages = config['stages'][name]
+    settings = config['stages'][name]
     programs = compiled_programs(config, name, mesh)
     while True:
         try:
             program = next(programs, None)
         except jax.errors.JaxRuntimeError as error:
-            raise InputError(f'stages.{name}: {_refusal(error)}: {advice(name, stages, model, mesh.size)}') from None
+            raise InputError(f'stages.{name}: {_refusal(error)}: {advice(name, settings, model, mesh.size)}') from None
         if program is None:
             return
         print(table(program, cost(program.text), chip, mesh.size), flush=True)
@@ -111,7 +111,7 @@ def check(config: Mapping[str, Any], stage: str, topology: str) -> None:
         if peak > chip.memory:
             raise InputError(
                 f'stages.{name}: the {program.name} takes {_bytes(peak)} of the {_bytes(chip.memory)} of a chip: '
-                + advice(name, stages, model, mesh.size)
+                + advice(name, settings, model, mesh.size)
             )
 
 
