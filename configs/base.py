@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,11 +23,45 @@ def base(name: str) -> ConfigDict:
     config.model = ConfigDict(model)
     # path: a folder with tokenizer.json; empty: train one on `sources`.
     config.tokenizer = ConfigDict({'path': '', 'sources': (), 'vocab_size': vocabulary})
+    config.topology = ''  # the TPU slice meant for it, such as v5p:2x2x4; only `train.compile` reads it
     config.mesh = ConfigDict({axis: -1 if axis == 'data' else 1 for axis in MESH_AXES})
     config.sources = ConfigDict()
     config.evaluations = ConfigDict()
     config.stages = ConfigDict()
     return config
+
+
+def large(name: str, topology: str, vocabulary: int, expert: int = 1) -> ConfigDict:
+    """A config of the DeepSeek family for many chips, its sizes to be filled in.
+
+    Activations in bfloat16, weights and optimizer in float32, each block computed again in the backward pass; weights
+    are sharded over all chips, experts first over `expert` of them. The user names the data: `sources.text.path`
+    (ArrayRecord shards, as `data.prepare` writes them) and `tokenizer.path`.
+    """
+    config = base(name)
+    config.topology = topology
+    config.tokenizer.vocab_size = vocabulary
+    config.mesh.update(data=1, fsdp=-1, expert=expert)
+    config.sources.text = ConfigDict({'type': 'arrayrecord', 'path': ''})
+    config.model.update(
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        dtype='bfloat16',
+        remat='full',
+        head_chunk=1024 * math.prod(map(int, topology.split(':')[1].split('x'))),
+    )
+    return config
+
+
+def add_large_stage(
+    config: ConfigDict, name: str, kind: str, *, tokens: float, warmup: int, optimizer: dict[str, Any], **fields: Any
+) -> None:
+    """Adds a stage of so many tokens, warmed up over so many steps, on the source `text` of a `large` config."""
+    fields = {'sequence_length': 4096, 'save_every': 1000, 'mixture': ((0.0, {'text': 1.0}),), **fields}
+    steps = round(tokens / (fields['batch_size'] * fields['sequence_length']))
+    add_stage(config, name, kind, steps=steps, optimizer={**optimizer, 'warmup': warmup / steps}, **fields)
 
 
 def add_stage(config: ConfigDict, name: str, kind: str, **fields: Any) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.backend import trips
 from model.grouped import grouped_matmul, multiply, no_gradient, outer, plan_blocks
 
 Weights = tuple[jax.Array, jax.Array]  # gate and up projections side by side [E, D, 2F], down projections [E, F, D]
@@ -123,7 +124,7 @@ def run_experts_apart(
         weight = jnp.where(sent.real, weights.reshape(-1)[sent.which], 0).astype(jnp.float32)
         return total.at[sent.token].add(out.astype(jnp.float32) * weight[:, None])
 
-    with jax.named_scope(f'rounds_{exchange.rounds}'):
+    with trips(exchange.rounds):
         return lax.fori_loop(0, rounds, one, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
 
@@ -204,7 +205,7 @@ def _backward(exchange: Exchange, saved: tuple[Any, ...], gradient: jax.Array) -
         return d_x, d_weights, d_wide, d_narrow
 
     zeros = [jnp.zeros(shape, jnp.float32) for shape in (x.shape, (weights.size,), wide.shape, narrow.shape)]
-    with jax.named_scope(f'rounds_{exchange.rounds}'):
+    with trips(exchange.rounds):
         d_x, d_weights, d_wide, d_narrow = lax.fori_loop(0, rounds, one, tuple(zeros))
     d_weights = d_weights.reshape(weights.shape).astype(weights.dtype)
     return d_x.astype(x.dtype), no_gradient(ids), d_weights, *exchange.scattered(d_wide, d_narrow)

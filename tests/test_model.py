@@ -418,33 +418,6 @@ def test_expert_layers_may_be_in_the_multi_token_modules_alone():
 # Size and cost.
 
 
-def test_size_of_deepseek_v3():
-    """671 billion parameters, 37 billion of them active (DeepSeek-V3, section 4.2)."""
-    config = ModelConfig(
-        vocab_size=129280,
-        hidden_size=7168,
-        num_hidden_layers=61,
-        first_k_dense_replace=3,
-        intermediate_size=18432,
-        num_attention_heads=128,
-        q_lora_rank=1536,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        n_routed_experts=256,
-        num_experts_per_tok=8,
-        n_shared_experts=1,
-        moe_intermediate_size=2048,
-        n_group=8,
-        topk_group=4,
-    )
-    counts = Model(config).parameter_counts
-    assert counts['total'] == pytest.approx(671e9, rel=1e-3)
-    assert counts['active'] == pytest.approx(37e9, rel=0.03)
-    assert config.cache_elements_per_token == 61 * 576
-
-
 def test_counts_and_cost():
     config = tiny(num_nextn_predict_layers=1)
     model = Model(config)

@@ -26,6 +26,7 @@ from absl import flags
 
 from data.errors import InputError
 from train.__main__ import parse
+from train.chips import known_peak, si
 from train.command import command
 from train.graph import Run, needed_for
 from train.host import prepare
@@ -33,25 +34,6 @@ from train.loop import Spent, train
 
 _STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take.')
 
-TPU = 'docs.cloud.google.com/tpu/docs'
-# Dense bfloat16 FLOP/s of one JAX device, and where that is written. A TPU7x chip is two devices.
-PEAKS: dict[str, tuple[float, str]] = {
-    'TPU v4': (275e12, f'{TPU}/v4'),
-    'TPU v5 lite': (197e12, f'{TPU}/v5e'),
-    'TPU v5e': (197e12, f'{TPU}/v5e'),
-    'TPU v5': (459e12, f'{TPU}/v5p'),
-    'TPU v5p': (459e12, f'{TPU}/v5p'),
-    'TPU v6 lite': (918e12, f'{TPU}/v6e'),
-    'TPU v6e': (918e12, f'{TPU}/v6e'),
-    'TPU7x': (2307e12 / 2, f'{TPU}/tpu7x'),
-    'NVIDIA A100': (312e12, 'NVIDIA A100 data sheet'),
-    'NVIDIA L4': (121e12, 'NVIDIA L4 data sheet'),
-    'NVIDIA H100 80GB HBM3': (989e12, 'NVIDIA H100 data sheet, SXM'),
-    'NVIDIA H100 PCIe': (756e12, 'NVIDIA H100 data sheet, PCIe'),
-    'NVIDIA H200 NVL': (835e12, 'NVIDIA H200 data sheet, NVL'),
-    'NVIDIA H200': (989e12, 'NVIDIA H200 data sheet, SXM'),
-    'NVIDIA B200': (2250e12, 'NVIDIA HGX B200 data sheet'),
-}
 COMPILATION = tuple(  # tracing, which nests, lowering, and compiling or reading a compiled program from disk
     f'/jax/core/compile/{part}_duration' for part in ('jaxpr_trace', 'jaxpr_to_mlir_module', 'backend_compile')
 )
@@ -187,14 +169,6 @@ def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float | None, str]:
     return found[0] * mesh.size, f'dense bfloat16, {found[1]}'
 
 
-def known_peak(kind: str) -> tuple[float, str] | None:
-    """The entry of PEAKS for a device kind. Names of GPUs may go on with the size or the form of the card."""
-    for name, entry in PEAKS.items():
-        if kind == name or (name.startswith('NVIDIA') and kind.startswith((f'{name} ', f'{name}-'))):
-            return entry
-    return None
-
-
 def measured_matmul(repeats: int = 5) -> float:
     """FLOP/s of the fastest of some float32 matrix products."""
     x = jnp.ones((MATMUL, MATMUL), jnp.float32)
@@ -215,12 +189,12 @@ def table(m: Measurement) -> str:
     if m.cached:
         compiling += f'; programs from the cache on disk: {m.cached}'
     used = '-' if m.peak is None else f'{rate / m.peak:.1%}'
-    source = m.peak_source if m.peak is None else f'of {_si(m.peak)}FLOP/s: {m.peak_source}'
+    source = m.peak_source if m.peak is None else f'of {si(m.peak)}FLOP/s: {m.peak_source}'
     rows = [
         ('first step', f'{spent.first_seconds:.1f} s', compiling),
         ('tokens per second', f'{m.tokens / spent.total_seconds:,.0f}', 'trained on, padding not counted'),
         ('tokens per CPU-second', f'{m.tokens / spent.cpu_seconds:,.0f}', f'{spent.cpu_seconds:.1f} s on all cores'),
-        ('model FLOP/s', f'{_si(rate)}FLOP/s', 'recomputation not counted'),
+        ('model FLOP/s', f'{si(rate)}FLOP/s', 'recomputation not counted'),
         ('model FLOPs utilisation', used, source),
         ('not in the step', f'{sum(m.outside.values()):.2%}', ', '.join(f'{n} {s:.2%}' for n, s in m.outside.items())),
     ]
@@ -230,13 +204,6 @@ def table(m: Measurement) -> str:
         note = 'compiled after the first step: the rates contain it'
         rows.append(('late compilation', f'{m.late_compile_seconds:.1f} s', note))
     return '\n'.join([m.title, *(f'  {name:<24}{value:>16}  {note}' for name, value, note in rows)])
-
-
-def _si(value: float) -> str:
-    for factor, prefix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G')):
-        if value >= factor:
-            return f'{value / factor:.3g} {prefix}'
-    return f'{value / 1e6:.3g} M'
 
 
 @command('train.benchmark')

@@ -26,10 +26,9 @@ from train.checkpoint import Checkpoints, read_json, split_address, stage_folder
 from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
-from train.objectives import joined, regularizers
 from train.optimizer import learning_rate, make_optimizer
-from train.stages import Context, get_kind
-from train.step import Layout, State, initial_state
+from train.stages import Context, get_kind, stage_objective
+from train.step import Layout, State, initial_state, optimizer_shapes
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -77,6 +76,25 @@ def needed_for(stages: Stages, last: str) -> list[str]:
         wanted.add(name)
         front += stages_needed(stages[name])
     return [name for name in order(stages) if name in wanted]
+
+
+def stage_model(config: Mapping[str, Any], name: str) -> ModelConfig:
+    """The model as a stage sees it: the run's, with what its ancestors and it itself change; or that of a folder.
+
+    Raises:
+        InputError: fields that contradict each other.
+    """
+    if is_folder(name):
+        return ModelConfig.from_dict(read_json(stage_folder(name) / 'config.json')['model'])
+    stage = config['stages'][name]
+    if stage['parent']:
+        inherited = stage_model(config, split_address(stage['parent'])[0]).to_dict()
+    else:
+        inherited = {**as_dict(config['model']), 'vocab_size': int(config['tokenizer']['vocab_size'])}
+    try:
+        return ModelConfig.from_dict({**inherited, **as_dict(stage['model'])})
+    except ValueError as error:
+        raise InputError(f'stages.{name}: {error}') from None
 
 
 class Run:
@@ -152,22 +170,8 @@ class Run:
         return Layout(self.mesh, stage['batch_size'], stage['sequence_length'], stage['microbatches'])
 
     def model_config(self, name: str) -> ModelConfig:
-        """The model as a stage sees it: the run's, with what its ancestors and it change; or that of a folder."""
-        if is_folder(name):
-            return ModelConfig.from_dict(read_json(stage_folder(name) / 'config.json')['model'])
-        stage = self.stages[name]
-        own = as_dict(stage['model'])
-        if stage['parent']:
-            inherited = self.model_config(split_address(stage['parent'])[0]).to_dict()
-        else:
-            inherited = {**as_dict(self.config['model']), 'vocab_size': self._vocabulary()}
-        try:
-            return ModelConfig.from_dict({**inherited, **own})
-        except ValueError as error:
-            raise InputError(f'stages.{name}: {error}') from None
-
-    def _vocabulary(self) -> int:
-        return int(self.config['tokenizer']['vocab_size'])
+        """The model as a stage sees it."""
+        return stage_model(self.config, name)
 
     def _tokenizer(self) -> Tokenizer:
         """The run's tokenizer: the one kept in the workdir, a given one, that of a folder which a stage starts from, or
@@ -295,12 +299,11 @@ class Run:
         with jax.set_mesh(self.mesh):
             state, start = self._start(name, model, optimizer, fresh)
             models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}
-        extra = regularizers(stage['loss'], model.config.num_nextn_predict_layers, model.config.is_moe)
         plan = Plan(
             name=name,
             folder=self.workdir / name,
             model=model,
-            objective=joined(kind.objective(stage), extra),
+            objective=stage_objective(stage, model.config),
             optimizer=optimizer,
             stream=kind.stream(self._context(name, model, models)),
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
@@ -323,11 +326,7 @@ class Run:
         parent, step = split_address(stage['parent'])
         wanted = dict(shapes)
         if stage['keep_optimizer']:
-            empty = jax.eval_shape(optimizer.init, shapes['params'])
-            state = initial_state(model.init(0, self.mesh), optimizer)
-            wanted['optimizer'] = jax.tree.map(
-                lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), empty, state['optimizer']
-            )
+            wanted['optimizer'] = optimizer_shapes(optimizer, shapes['params'])
         arrays, metadata = self._restore(parent, step, wanted)
         state = initial_state(arrays, optimizer)
         if stage['keep_optimizer']:

@@ -18,11 +18,13 @@ from jax import lax
 from data.errors import InputError
 from data.tokenizer import Tokenizer
 from model import cache as latent_cache
+from model.backend import trips
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.host import fetch
 
 WIDTHS = (32, 128, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
+ROWS = 256  # about as many answers are sampled at a time
 BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
 
 
@@ -136,7 +138,8 @@ def _decode(
 
     blank = jnp.full((rows, max_tokens), stop, jnp.int32)
     start = (jnp.zeros((), jnp.int32), logits, cache, jnp.zeros(rows, bool), blank, jnp.zeros(blank.shape, jnp.float32))
-    _, _, _, _, tokens, logprobs = lax.while_loop(unfinished, step, start)
+    with trips(max_tokens):  # as many as it takes when some answer does not end
+        _, _, _, _, tokens, logprobs = lax.while_loop(unfinished, step, start)
     is_stop = tokens == stop
     counts = jnp.where(is_stop.any(1), jnp.argmax(is_stop, axis=1) + 1, max_tokens)
     return tokens, logprobs, counts
@@ -152,7 +155,7 @@ def sample_tokens(
     temperature: float,
     max_tokens: int,
     keys: jax.Array,
-    rows: int = 256,
+    rows: int = ROWS,
 ) -> list[list[Completion]]:
     """Samples `samples` answers to each tokenized prompt; temperature 0 is greedy.
 
@@ -170,8 +173,7 @@ def sample_tokens(
                 f'prompt {number} has {len(prompt)} tokens: expected 1 to {room}, the context of '
                 f'{model.config.max_position_embeddings} less the {max_tokens} to be sampled'
             )
-    group = max(1, min(rows // samples, len(prompts)))
-    group = -(-group // batch_ways()) * batch_ways()
+    group = group_size(len(prompts), samples, rows)
     # Prompts of like length go together; what a prompt draws does not depend on its company.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[Completion]] = [[] for _ in prompts]
@@ -206,6 +208,12 @@ def sample_tokens(
                 text = tokenizer.decode(ids[:-1] if stopped else ids)
                 results[i].append(Completion(text, ids, logprobs[s, : counts[s]].tolist(), stopped))
     return results
+
+
+def group_size(prompts: int, samples: int, rows: int = ROWS) -> int:
+    """How many prompts are answered at a time, on the mesh in use; see `sample_tokens`."""
+    group = max(1, min(rows // samples, prompts))
+    return -(-group // batch_ways()) * batch_ways()
 
 
 def prompt_width(length: int) -> int:

@@ -10,14 +10,19 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
+from data.packing import empty_batch
 from data.sources import open_source
 from data.stream import Prefetch, RowStream, Stream
 from data.tasks import get_task
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.transformer import Model, Variables
-from train.objectives import Objective, clipped_policy_gradient, next_token
+from train.objectives import Objective, clipped_policy_gradient, joined, next_token, regularizers
 from train.rollout import RolloutStream
 
 
@@ -48,11 +53,21 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of stage: default fields beyond COMMON, and how its objective and stream are made."""
+    """A kind of stage.
+
+    Attributes:
+        defaults: fields beyond COMMON.
+        objective, stream: how they are made.
+        extra: of the stage's config, the float32 arrays its batches hold beyond those of `data.packing.empty_batch`,
+            each with its number of dimensions (2: one number a token, 0: one for the batch).
+        on_policy: whether the stream samples, from `prompts` prompts `samples` answers of up to `max_tokens` tokens.
+    """
 
     defaults: Mapping[str, Any]
     objective: Callable[[Mapping[str, Any]], Objective]
     stream: Callable[[Context], Stream]
+    extra: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda _: {}
+    on_policy: bool = False
 
 
 COMMON: dict[str, Any] = {
@@ -151,6 +166,12 @@ KINDS: dict[str, Kind] = {
         },
         lambda config: clipped_policy_gradient(config['loss']),
         _rollouts,
+        extra=lambda config: {
+            **dict.fromkeys(('advantage', 'behavior_logprob'), 2),
+            **({'reference_logprob': 2} if config['models']['reference'] else {}),
+            'temperature': 0,
+        },
+        on_policy=True,
     ),
 }
 
@@ -165,6 +186,20 @@ def get_kind(name: str) -> Kind:
     if name not in KINDS:
         raise InputError(f'stage kind {name!r}{did_you_mean(name, KINDS)}')
     return KINDS[name]
+
+
+def stage_objective(stage: Mapping[str, Any], model: ModelConfig) -> Objective:
+    """What a stage minimises: its kind's objective, with the terms that any stage may add."""
+    extra = regularizers(stage['loss'], model.num_nextn_predict_layers, model.is_moe)
+    return joined(get_kind(stage['kind']).objective(stage), extra)
+
+
+def batch_shapes(stage: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a stage's batches: most [batch_size, sequence_length], without any data read."""
+    shape = (stage['batch_size'], stage['sequence_length'])
+    shapes = {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in empty_batch(1, 1, 0).items()}
+    extra = get_kind(stage['kind']).extra(stage)
+    return shapes | {name: jax.ShapeDtypeStruct(shape[:rank], np.float32) for name, rank in extra.items()}
 
 
 def stage_defaults(kind: str) -> dict[str, Any]:

@@ -24,12 +24,35 @@ State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}
 
 def initial_state(variables: Variables, optimizer: optax.GradientTransformation) -> State:
     """The state before a stage's first step."""
+    params = variables['params']
+    shardings = jax.tree.map(lambda x: x.sharding, optimizer_shapes(optimizer, params))
     return {
-        'params': variables['params'],
+        'params': params,
         'balance': variables['balance'],
-        'optimizer': jax.jit(optimizer.init)(variables['params']),
+        'optimizer': jax.jit(optimizer.init, out_shardings=shardings)(params),
         'step': jnp.zeros((), jnp.int32),
     }
+
+
+def optimizer_shapes(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimizer's state as ShapeDtypeStructs, each leaf sharded as the parameter it is kept for.
+
+    Left to itself the compiler would copy fresh moments to every device. A leaf belongs to the parameter whose path its
+    own path ends with; what belongs to none (a step counter) is copied.
+
+    Args:
+        params: arrays, or ShapeDtypeStructs with shardings.
+    """
+    owners = dict(jax.tree_util.tree_leaves_with_path(params))
+    first = next(iter(owners.values())).sharding
+    whole = NamedSharding(first.mesh, PartitionSpec()) if isinstance(first, NamedSharding) else first
+
+    def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        owner = next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), None)
+        sharding = owner.sharding if owner is not None and owner.shape == x.shape else whole
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(optimizer.init, params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,37 +80,38 @@ class Layout:
                 f'sequence_length {self.length} is no multiple of mesh.context = {self.mesh.shape["context"]}'
             )
 
-    def _sharding(self, shape: Sequence[int]) -> NamedSharding:
-        return named_sharding(self.mesh, shape, (None, 'batch', 'length', *(None for _ in shape[3:]))[: len(shape)])
+    def shapes(self, batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `place` makes of a global batch, of which shapes and dtypes are enough. Scalars go to every device."""
+
+        def leaf(x: Any) -> jax.ShapeDtypeStruct:
+            shape = (self.microbatches, self.rows // self.microbatches, *x.shape[1:]) if x.shape else ()
+            axes = (None, 'batch', 'length', *(None for _ in shape[3:]))[: len(shape)]
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=named_sharding(self.mesh, shape, axes))
+
+        return {name: leaf(x) for name, x in batch.items()}
 
     def rows_here(self) -> list[int]:
         """The rows that this process's devices need some part of."""
-        shape = (self.microbatches, self.rows // self.microbatches, self.length)
-        numbers = np.arange(self.rows).reshape(shape[:2])
-        indices = self._sharding(shape).addressable_devices_indices_map(shape).values()
-        return sorted({int(row) for index in indices if index for row in numbers[index[:2]].flat})
+        numbers = np.empty((self.rows, self.length), np.bool_)
+        (whole,) = self.shapes({'row': numbers}).values()
+        here = whole.sharding.addressable_devices_indices_map(whole.shape).values()  # type: ignore[union-attr]
+        of_row = np.arange(self.rows).reshape(whole.shape[:2])
+        return sorted({int(row) for index in here if index for row in of_row[index[:2]].flat})
 
     def place(self, batch: Mapping[str, np.ndarray], rows: Sequence[int]) -> dict[str, jax.Array]:
-        """A batch on the devices; its arrays hold the global rows `rows`, those that this process needs among them.
-
-        Scalars are copied to every device.
-        """
+        """A batch on the devices; its arrays hold the global rows `rows`, those that this process needs among them."""
         held = np.full(self.rows, -1)
         held[np.asarray(rows)] = np.arange(len(rows))
         where = held.reshape(self.microbatches, -1)
 
-        def leaf(x: np.ndarray) -> jax.Array:
-            x = np.asarray(x)
-            if not x.ndim:
-                return jax.make_array_from_callback((), NamedSharding(self.mesh, PartitionSpec()), lambda _: x)
-            shape = (*where.shape, *x.shape[1:])
-
+        def leaf(x: np.ndarray, to: jax.ShapeDtypeStruct) -> jax.Array:
             def share(index: Any) -> np.ndarray:
-                return x[where[index[0], index[1]]][(slice(None), slice(None), *index[2:])]
+                return x[where[index[0], index[1]]][(slice(None), slice(None), *index[2:])] if x.ndim else x
 
-            return jax.make_array_from_callback(shape, self._sharding(shape), share)
+            return jax.make_array_from_callback(to.shape, to.sharding, share)
 
-        return {name: leaf(x) for name, x in batch.items()}
+        values = {name: np.asarray(x) for name, x in batch.items()}
+        return {name: leaf(values[name], to) for name, to in self.shapes(values).items()}
 
 
 def make_step(

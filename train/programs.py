@@ -1,0 +1,107 @@
+"""The programs of a stage, compiled from shapes alone for devices that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.transformer import Model
+from train.graph import stage_model
+from train.host import cpu_seconds
+from train.optimizer import make_optimizer
+from train.sampler import _decode, _prefill, group_size, prompt_width
+from train.stages import batch_shapes, get_kind, stage_objective
+from train.step import Layout, make_step, optimizer_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        name, work: what it is, and what one call of it does, for people.
+        model_flops: of one call, over all devices (see `Model.flops_per_token`).
+        text: optimized HLO; memory: bytes of one device (`jax.stages.Compiled.memory_analysis`).
+        wall_seconds, cpu_seconds: what tracing, lowering and compiling took.
+    """
+
+    name: str
+    work: str
+    model_flops: float
+    text: str
+    memory: Any
+    wall_seconds: float
+    cpu_seconds: float
+
+
+def compiled_programs(config: Mapping[str, Any], name: str, mesh: jax.sharding.Mesh) -> Iterator[Program]:
+    """The train step of a stage, as `train.loop` runs it; for an on-policy stage then the sampler's two programs.
+
+    No array is made and no data is read.
+
+    Raises:
+        InputError: a batch that does not divide among the devices, or fields that contradict each other.
+        jax.errors.JaxRuntimeError: the compiler refuses.
+    """
+    stage, model = config['stages'][name], Model(stage_model(config, name))
+    kind, variables = get_kind(stage['kind']), model.shapes(mesh)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(stage['optimizer'], model.declared['params'])
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        state = {
+            **variables,
+            'optimizer': optimizer_shapes(optimizer, variables['params']),
+            'step': jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        }
+        rows, length, parts = stage['batch_size'], stage['sequence_length'], stage['microbatches']
+        batch = Layout(mesh, rows, length, parts).shapes(batch_shapes(stage))
+        step = jax.jit(make_step(model, stage_objective(stage, model.config), optimizer), donate_argnums=0)
+        work = f'{rows} x {length:,} tokens' + (f' in {parts} microbatches' if parts > 1 else '')
+        flops = rows * length * model.flops_per_token(length)
+        yield _program('train step', work, flops, lambda: step.lower(state, batch, np.float32(1)))[0]
+        if kind.on_policy:
+            yield from _sampler(model, stage, variables)
+
+
+def _sampler(model: Model, stage: Mapping[str, Any], variables: Any) -> Iterator[Program]:
+    """Prefill and decode of as many prompts as are answered at a time, as long as fit in a row with their answers."""
+    samples, answer, total = stage['samples'], stage['max_tokens'], stage['sequence_length']
+    width = prompt_width(total - answer)
+    group = group_size(stage['prompts'], samples)
+    rows = group * samples
+    one = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    per_token = model.flops_per_token(total, backward=False)
+    read = (model, variables, integers(group, width), integers(group), one)
+    lower = functools.partial(_prefill.lower, *read, samples=samples)
+    prefill, compiled = _program('prefill', f'{group} prompts of {width:,} tokens', group * width * per_token, lower)
+    yield prefill
+    entries, logits = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda *args: _prefill(model, *args, samples=samples), *read[1:]),
+        compiled.output_shardings,
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    greedy = jax.ShapeDtypeStruct((), jnp.bool_)
+    write = (model, variables, entries, logits, integers(rows), keys, one, greedy)
+    lower = functools.partial(_decode.lower, *write, max_tokens=answer, stop=0)
+    yield _program('decode', f'{rows} answers of {answer:,} tokens', rows * answer * per_token, lower)[0]
+
+
+def _program(
+    name: str, work: str, flops: float, lower: Callable[[], jax.stages.Lowered]
+) -> tuple[Program, jax.stages.Compiled]:
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    compiled = lower().compile()
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    return Program(name, work, flops, compiled.as_text() or '', compiled.memory_analysis(), wall, cpu), compiled
