@@ -118,24 +118,6 @@ def merged(states: Sequence[State]) -> State:
     return {**states[0], 'rows': rows} if rows else states[0]
 
 
-def consumed(state: State) -> dict[str, int]:
-    """Tokens so far by source, over the rows of a state of a `RowStream`."""
-    return _totals(state, 'consumed')
-
-
-def skipped(state: State) -> dict[str, int]:
-    """Records that did not fit into a row so far, by source."""
-    return _totals(state, 'skipped')
-
-
-def _totals(state: State, field: str) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for row in state['rows'].values():
-        for name, source in row['sources'].items():
-            totals[name] = totals.get(name, 0) + source[field]
-    return totals
-
-
 class Prefetch:
     """Makes the batches of an offline stream ahead of time, in a thread of its own.
 

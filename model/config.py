@@ -62,7 +62,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     # How it is computed.
     dtype: str = 'float32'  # of activations and of weights as they are used; parameters are kept in float32
-    gradient_dtype: str = 'float32'  # in which weights are gathered and their gradients cross the network
+    # In which the gradients of experts and of `kv_b_proj` cross the network; those of embedding, head and router do in
+    # float32, those of other projections in `dtype`.
+    gradient_dtype: str = 'float32'
     # Rows that a device sends another in one round of expert dispatch, as a multiple of the balanced number of all: a
     # bound on memory. What is more goes into further rounds; no token is dropped.
     round_capacity: float = 0.5

@@ -151,19 +151,9 @@ class MixtureOfExperts(Module):
             out = out + FeedForward(c, width=width * c.n_shared_experts, name='shared_experts')(x)
         return out, statistics
 
-    def _run(
-        self,
-        x: jax.Array,
-        ids: jax.Array,
-        weights: jax.Array,
-        gate: jax.Array,
-        up: jax.Array,
-        down: jax.Array,
-        axes: tuple[tuple[str, ...], tuple[str, ...]],
-        sizes: dict[str, int],
-    ) -> jax.Array:
-        """One device's tokens through the experts; x [B, T, D], ids and weights [B, T, k]."""
-        c = self.config
+    def _run(self, *values: jax.Array, axes: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> jax.Array:
+        """One device's tokens x [B, T, D], with ids and weights [B, T, k], through the experts' three projections."""
+        c, (x, ids, weights, gate, up, down) = self.config, values
         flat = (x.reshape(-1, x.shape[-1]), ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, weights.shape[-1]))
         block = block_rows(ids.size, c.n_routed_experts)
         if not sizes:

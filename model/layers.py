@@ -79,10 +79,7 @@ class Module(nn.Module):
         dtype = jnp.float32 if role in ('vector', 'router', 'embedding') else jnp.dtype(self.config.dtype)
         if not gather:
             return value
-        if self.config.gradient_dtype == 'float32':
-            value = gathered(value, axes)
-            return value.astype(dtype) if cast else value
-        return gathered(value.astype(dtype), axes)
+        return gathered(value.astype(dtype if cast else self.config.gradient_dtype), axes)
 
     def norm(self, name: str, x: jax.Array, epsilon: float | None = None) -> jax.Array:
         """Root-mean-square norm over the last axis, in float32, with a learned scale; rms_norm_eps if no epsilon."""

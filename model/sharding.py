@@ -54,7 +54,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         across = [shape[0]] + [1] * (len(shape) - 1)
         grid = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], across, devices)
         return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis that is no product of the slice's own axes, such as 8 of 4 x 4 chips
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def partition_spec(shape: Sequence[int], axes: Axes, mesh_shape: Mapping[str, int]) -> PartitionSpec:
@@ -94,9 +98,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered(weight: jax.Array, axes: Axes) -> jax.Array:
-    """A weight as it is used: gathered over the axes that only store it, still split over the tensor axis."""
+    """A weight as it is used: gathered over the axes that only store it, still split over the tensor axis.
+
+    Its gradient is split again at once: left to itself XLA sums whole gradients on every device.
+    """
+    if not mesh_in_use():
+        return weight
     used = [axis if set(RULES.get(axis or '', ())) <= set(KEPT) else None for axis in axes]
-    return constrain(weight, *used)
+    gather = jax.custom_vjp(lambda stored: constrain(stored, *used))
+    gather.defvjp(lambda stored: (constrain(stored, *used), None), lambda _, gradient: (constrain(gradient, *axes),))
+    return gather(weight)
 
 
 def per_device(function: Callable[..., Any], arguments: Sequence[Axes], results: Any) -> Callable[..., Any]:

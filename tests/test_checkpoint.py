@@ -35,7 +35,13 @@ def first_state() -> State:
 
 
 def at(step: int) -> State:
-    return {**jax.tree.map(lambda x: x + jnp.asarray(step, x.dtype), first_state()), 'step': jnp.asarray(step)}
+    """A state in which no two numbers of an array are equal: what compresses to nothing has no bits to flip."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        noise = np.random.default_rng(step).normal(size=x.shape) if x.ndim else step
+        return x + jax.device_put(np.asarray(noise, x.dtype), x.sharding)
+
+    return {**jax.tree.map(leaf, first_state()), 'step': jnp.asarray(step)}
 
 
 def wanted(state: State, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -70,8 +76,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def data_file(folder: Path, step: int, item: str = 'params') -> Path:
-    """The file that holds most of an item's bytes."""
-    return max((p for p in (folder / str(step) / item).rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    """The file that holds most of the bytes of an item's arrays."""
+    return max((folder / str(step) / item).rglob('d/*'), key=lambda p: p.stat().st_size)
 
 
 def flip(path: Path, place: int) -> None:

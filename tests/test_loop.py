@@ -85,7 +85,7 @@ class Constant:
     """A stream of one batch, over and over."""
 
     def __init__(self, batch: Batch):
-        self.batch, self.rows = batch, range(len(batch['tokens']))
+        self.batch, self.rows = batch, range(len(batch.get('tokens', (0, 1))))
         self.asked: list[int] = []
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, StreamState]:
