@@ -13,14 +13,15 @@ tests := $(VENV)/.installed-test
 python := $(VENV)/bin/python
 pytest := JAX_PLATFORMS=cpu $(python) -m pytest
 
-.PHONY: help demo test test-slow lint clean cut-off
+.PHONY: help demo test test-slow test-newest lint clean cut-off
 
 help:
-	@echo 'make demo       train a small model through its whole life here (some 15 minutes) and write the report'
-	@echo 'make test       the fast tests'
-	@echo 'make test-slow  the other tests'
-	@echo 'make lint       style, formatting and types'
-	@echo 'make clean      remove caches (runs/ and $(VENV) stay)'
+	@echo 'make demo         train a small model through its whole life here (some 15 minutes) and write the report'
+	@echo 'make test         the fast tests'
+	@echo 'make test-slow    the other tests'
+	@echo 'make test-newest  the fast tests on the newest Python and JAX at hand, in an environment of their own'
+	@echo 'make lint         style, formatting and types'
+	@echo 'make clean        remove caches (runs/ and $(VENV) stay)'
 
 demo: $(run)
 	@$(python) -m train --config=$(CONFIG) --workdir=$(WORKDIR)
@@ -30,6 +31,12 @@ test: $(tests)
 
 test-slow: $(tests)
 	@$(pytest) -m slow $(ARGS)
+
+# Newer Pythons take the newest versions that requirements.txt allows.
+test-newest:
+	@for newest in python3.13 python3.12; do \
+	  if $$newest -c '' 2>/dev/null; then exec $(MAKE) --no-print-directory test PYTHON=$$newest VENV=.venv-newest; fi; \
+	done; echo 'make test-newest needs Python 3.12 or 3.13; there is none here' >&2; exit 1
 
 lint: $(tests)
 	@$(python) -m ruff check .

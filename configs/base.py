@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -50,7 +49,8 @@ def large(name: str, topology: str, vocabulary: int, expert: int = 1) -> ConfigD
         v_head_dim=128,
         dtype='bfloat16',
         remat='full',
-        head_chunk=1024 * math.prod(map(int, topology.split(':')[1].split('x'))),
+        head_chunk=1024,
+        round_capacity=0.25,
     )
     return config
 

@@ -59,7 +59,7 @@ def get_config(variant: str = '') -> ConfigDict:
         config.topology = 'v5p:4x4x4'
         config.mesh.context = 16
         longer: dict[str, Any] = {'batch_size': 16, 'microbatches': 4, 'sequence_length': LONG}
-        model = {'rope_factor': LONG / LENGTH, 'max_position_embeddings': LONG, 'head_chunk': 2**16}
+        model = {'rope_factor': LONG / LENGTH, 'max_position_embeddings': LONG}
         rate = {'learning_rate': 1e-5}
         end: dict[str, Any] = {'parent': 'cooldown', 'model': model, 'optimizer': rate, **rows, **longer}
         add_large_stage(config, 'long', 'midtrain', tokens=2e9, warmup=10, **end)

@@ -70,7 +70,7 @@ class ModelConfig:
     round_capacity: float = 0.5
     remat: str = 'none'  # 'none', 'dots' (keep matmul results) or 'full' (recompute each block)
     scan_layers: bool = True
-    head_chunk: int = 8192  # tokens whose logits exist at one time
+    head_chunk: int = 8192  # tokens of a device whose logits exist at one time
 
     @property
     def num_dense_layers(self) -> int:

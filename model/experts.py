@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.backend import platform
 from model.config import ModelConfig
 from model.dispatch import Exchange, run_experts, run_experts_apart
 from model.layers import FeedForward, Module
 from model.sharding import mesh_in_use, per_device, splits
 
-BLOCK = 128  # rows of one expert that are multiplied at a time
+# Rows of one expert that are multiplied at a time: fewer and a TPU would wait for weights, more and many are padding.
+BLOCKS = {'cpu': 128, 'gpu': 128, 'tpu': 256}
 Statistics = dict[str, jax.Array]
 
 
@@ -181,4 +183,4 @@ class MixtureOfExperts(Module):
 
 def block_rows(assignments: int, experts: int) -> int:
     """Rows of a block for so many assignments: a small batch (a decoding step) is not padded to large blocks."""
-    return min(BLOCK, max(8, assignments // (4 * experts)))
+    return min(BLOCKS[platform()], max(8, assignments // (4 * experts)))
