@@ -19,7 +19,7 @@ from configs.base import add_large_stage, large
 
 def get_config() -> ConfigDict:
     """The config."""
-    config = large('deepseek_v2_lite', 'v5p:2x2x4', vocabulary=102_400)
+    config = large('deepseek_v2_lite', 'v5p:2x2x4', vocabulary=102_400, expert=2)
     config.model.update(
         hidden_size=2048,
         num_hidden_layers=27,
