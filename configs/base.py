@@ -50,7 +50,7 @@ def large(name: str, topology: str, vocabulary: int, expert: int = 1) -> ConfigD
         dtype='bfloat16',
         remat='full',
         head_chunk=1024,
-        round_capacity=0.25,
+        round_capacity=0.125,
     )
     return config
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.backend import trips
-from model.grouped import grouped_matmul, multiply, no_gradient, outer, plan_blocks
+from model.grouped import accumulate, grouped_matmul, multiply, no_gradient, plan_blocks
 
-Weights = tuple[jax.Array, jax.Array]  # gate and up projections side by side [E, D, 2F], down projections [E, F, D]
+Array = jax.Array
+Weights = tuple[Array, Array]  # gate and up projections side by side [E, D, 2F], down projections [E, F, D]
 
 
 def run_experts(
@@ -91,14 +92,8 @@ class Exchange:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def run_experts_apart(
-    x: jax.Array,
-    ids: jax.Array,
-    weights: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-    exchange: Exchange,
-) -> jax.Array:
+    x: Array, ids: Array, weights: Array, gate: Array, up: Array, down: Array, exchange: Exchange
+) -> Array:
     """`run_experts` on one device of a mesh, in lossless rounds of bounded all-to-all.
 
     Assignments are sorted by expert. In a round each device sends every other at most `exchange.rows` of those that are
@@ -196,8 +191,8 @@ def _backward(exchange: Exchange, saved: tuple[Any, ...], gradient: jax.Array) -
         d_first = d_inner * second * sigmoid * (1 + first * (1 - sigmoid))
         d_both = jnp.concatenate([d_first, d_inner * first * sigmoid], axis=-1).astype(rows.dtype)
 
-        d_narrow += outer((inner * weight).astype(rows.dtype), given, *layout, experts)
-        d_wide += outer(rows, d_both, *layout, experts)
+        d_narrow = accumulate(d_narrow, (inner * weight).astype(rows.dtype), given, *layout)
+        d_wide = accumulate(d_wide, rows, d_both, *layout)
         d_rows = sent.back(multiply(d_both, wide, *layout, transposed=True)).astype(jnp.float32)
         d_weight = sent.back(d_weight)[:, 0]
         d_x = d_x.at[sent.token].add(jnp.where(sent.real[:, None], d_rows, 0))

@@ -61,7 +61,7 @@ def _forward(rows: Any, weights: Any, owner: Any, blocks: Any) -> tuple[jax.Arra
 
 def _backward(saved: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, ...]:
     rows, weights, owner, blocks = saved
-    d_weights = outer(rows, gradient, owner, blocks, weights.shape[0])
+    d_weights = accumulate(jnp.zeros(weights.shape, jnp.float32), rows, gradient, owner, blocks)
     d_rows = multiply(gradient, weights, owner, blocks, transposed=True)
     return d_rows, d_weights.astype(weights.dtype), no_gradient(owner), no_gradient(blocks)
 
@@ -95,22 +95,25 @@ def multiply(
     return lax.ragged_dot(rows, weights.swapaxes(1, 2) if transposed else weights, sizes)
 
 
-def outer(rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int) -> jax.Array:
-    """For each expert rows^T gradient, summed over its rows in float32: the gradient of its matrix, [E, D, F]."""
+def accumulate(
+    total: jax.Array, rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array
+) -> jax.Array:
+    """total + rows^T gradient, summed over the rows of each expert: float32 [E, D, F], the gradient of its matrix.
+
+    On CPU and TPU in the place of `total`: a second array of this size is often the largest of a program.
+    """
     if platform() == 'cpu':
-        return _accumulate_blocks(rows, gradient, owner, blocks, experts)
-    block, sizes = _sizes(rows, owner, blocks, experts)
+        return _accumulate_blocks(total, rows, gradient, owner, blocks)
+    block, sizes = _sizes(rows, owner, blocks, total.shape[0])
     if platform() == 'tpu':
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
         in_use = jnp.arange(rows.shape[0])[:, None] < blocks * block
         rows, gradient = jnp.where(in_use, rows, 0), jnp.where(in_use, gradient, 0)
         tiles = (block, _tile(rows.shape[1]), _tile(gradient.shape[1]))
-        product = tgmm(rows.T, gradient, sizes, jnp.float32, tiles)
-        # An expert without rows has no tile, and the kernel leaves its matrix as it finds it.
-        return jnp.where((sizes > 0)[:, None, None], product, 0.0)
+        return tgmm(rows.T, gradient, sizes, jnp.float32, tiles, existing_out=total)
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(rows, gradient, sizes, dimensions, preferred_element_type=jnp.float32)
+    return total + lax.ragged_dot_general(rows, gradient, sizes, dimensions, preferred_element_type=jnp.float32)
 
 
 def _sizes(rows: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int) -> tuple[int, jax.Array]:
@@ -141,16 +144,15 @@ def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, bloc
 
 
 def _accumulate_blocks(
-    rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int
+    total: jax.Array, rows: jax.Array, gradient: jax.Array, owner: jax.Array, blocks: jax.Array
 ) -> jax.Array:
     block = rows.shape[0] // owner.shape[0]
 
-    def accumulate(i: jax.Array, total: jax.Array) -> jax.Array:
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
         x = lax.dynamic_slice_in_dim(rows, i * block, block)
         g = lax.dynamic_slice_in_dim(gradient, i * block, block)
         product = jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
         old = lax.dynamic_index_in_dim(total, owner[i], keepdims=False)
         return lax.dynamic_update_index_in_dim(total, old + product, owner[i], 0)
 
-    zero = jnp.zeros((experts, rows.shape[1], gradient.shape[1]), jnp.float32)
-    return lax.fori_loop(0, blocks, accumulate, zero)
+    return lax.fori_loop(0, blocks, add, total)
