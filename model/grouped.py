@@ -110,7 +110,8 @@ def accumulate(
 
         in_use = jnp.arange(rows.shape[0])[:, None] < blocks * block
         rows, gradient = jnp.where(in_use, rows, 0), jnp.where(in_use, gradient, 0)
-        tiles = (block, _tile(rows.shape[1]), _tile(gradient.shape[1]))
+        # Narrower than those of the kernel above: float32 tiles of the old and the new total share the chip's memory.
+        tiles = (block, _tile(rows.shape[1]), _tile(gradient.shape[1], 512))
         return tgmm(rows.T, gradient, sizes, jnp.float32, tiles, existing_out=total)
     dimensions = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     return total + lax.ragged_dot_general(rows, gradient, sizes, dimensions, preferred_element_type=jnp.float32)
@@ -123,11 +124,11 @@ def _sizes(rows: jax.Array, owner: jax.Array, blocks: jax.Array, experts: int) -
     return block, jax.ops.segment_sum(in_use, owner, num_segments=experts)
 
 
-def _tile(size: int) -> int:
-    """Columns of a tile of the TPU kernels: all of a narrow matrix; else the widest that divides it, if any does."""
-    if size <= 1024:
+def _tile(size: int, most: int = 1024) -> int:
+    """Columns of a tile of the TPU kernels: all of a narrow matrix; else what covers it with the least to spare."""
+    if size <= most:
         return size
-    return next((tile for tile in range(1024, 511, -128) if size % tile == 0), 1024)
+    return min(range(most, most // 2 - 1, -128), key=lambda tile: -size % tile)
 
 
 def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array, transposed: bool) -> Any:
