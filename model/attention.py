@@ -51,7 +51,7 @@ def attend(
         return splash_attention(query, key, value, segments, along)
     grouped = query.reshape(batch, length, key.shape[2], -1, width).transpose(0, 2, 3, 1, 4)
     offset = lax.axis_index(along) * length if along else None
-    mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), *segments, offset)
+    mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), segments, offset)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
@@ -102,27 +102,14 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    offset: jax.Array | None,
-) -> jax.Array:
-    return _attend_forward(query, key, value, query_segments, key_segments, offset)[0]
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: Any, offset: jax.Array | None) -> jax.Array:
+    return _attend_forward(query, key, value, segments, offset)[0]
 
 
 def _attend_forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-    offset: jax.Array | None,
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: Any, offset: jax.Array | None
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     mixed, logsums = [], []
-    segments = query_segments, key_segments
     for chunk in _chunks(query.shape[3], offset, key.shape[2]):
         logits = _logits(query, key, segments, offset, chunk)
         largest = logits.max(-1, keepdims=True)
@@ -152,7 +139,7 @@ def _attend_backward(saved: tuple[Any, ...], gradient: jax.Array) -> tuple[jax.A
         d_key = d_key.at[..., :seen].add(_product('bgtd,bgts->bgds', _rows(query, start, end), d_logits))
         d_value = d_value.at[..., :seen].add(_product('bgtv,bgts->bgvs', d_mixed, weights.astype(value.dtype)))
     d_key, d_value = d_key.swapaxes(2, 3).astype(key.dtype), d_value.swapaxes(2, 3).astype(value.dtype)
-    return _joined(d_query, query.shape[2]), d_key, d_value, None, None, None
+    return _joined(d_query, query.shape[2]), d_key, d_value, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -155,7 +155,6 @@ class Run:
             learning_rate(stage['optimizer'], stage['steps'])
             # Other models are not there yet; streams only look at which of them will be.
             named: dict[str, Variables] = {role: {} for role, address in stage['models'].items() if address}
-            self._layout(name)
             get_kind(stage['kind']).stream(self._context(name, model, named))
         except ValueError as error:
             text = str(error)
