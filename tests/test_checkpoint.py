@@ -24,6 +24,9 @@ from train.step import State, initial_state
 
 STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25}}}
 METADATA = {'stage': 'pretrain', 'parent': '', 'tokens': 1234, 'flops': 5.0e9}
+# One number of each JSON item and another to stand in its place, with their names: Orbax writes times into files beside
+# them, which may hold any digits.
+FLIPS = {'metadata': (b'"tokens": 1234', b'"tokens": 1235'), 'stream': (b'"cursor": 17', b'"cursor": 18')}
 
 
 @functools.cache
@@ -146,7 +149,7 @@ def test_other_damage_is_found_too(damage: str, tmp_path: Path) -> None:
         for file in (tmp_path / '4' / 'metadata').rglob('*'):
             file.write_bytes(b'')
     else:
-        old, new = {'metadata': (b'1234', b'1235'), 'stream': (b'17', b'18')}[damage]
+        old, new = FLIPS[damage]
         (file,) = (p for p in (tmp_path / '4' / damage).rglob('*') if p.is_file() and old in p.read_bytes())
         file.write_bytes(file.read_bytes().replace(old, new))
     assert restore(tmp_path).metadata['step'] == 3
