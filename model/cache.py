@@ -9,14 +9,6 @@ from jax import lax
 Cache = dict[str, jax.Array]
 
 
-def grown(entries: Cache, slots: int) -> Cache:
-    """A cache with the entries of a prompt in its first slots, and room for `slots` in all."""
-    return {
-        name: jnp.pad(x, [(0, 0), (0, 0), (0, slots - x.shape[2])] + [(0, 0)] * (x.ndim - 3))
-        for name, x in entries.items()
-    }
-
-
 def repeated(cache: Cache, times: int) -> Cache:
     """Each row of the cache `times` times in a row: one prefill serves a group of samples."""
     return {name: jnp.repeat(x, times, axis=1) for name, x in cache.items()}

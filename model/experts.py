@@ -124,7 +124,7 @@ class MixtureOfExperts(Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Statistics]:
-        """x [B, T, hidden_size] -> (output, statistics of `routing_statistics`)."""
+        """x [B, T, hidden_size] -> (output, statistics of `routing_statistics`, and 'expert_ids' [B, T, k])."""
         c = self.config
         experts, hidden, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
         # The router is small and sensitive: float32 throughout.
@@ -139,7 +139,7 @@ class MixtureOfExperts(Module):
             (token, token, ('batch', 'length')),
             {'load': None, 'entropy': None, 'sequence_balance': None, 'batch_balance': None},
         )
-        statistics = count(scores, ids, segments)
+        statistics = {**count(scores, ids, segments), 'expert_ids': ids}
 
         wide, narrow = ('experts', 'expert_embed', 'mlp'), ('experts', 'mlp', 'expert_embed')
         gate_proj = self.weight('experts_gate_proj', (experts, hidden, width), wide, gather=False)

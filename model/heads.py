@@ -143,7 +143,7 @@ class Output:
         head: [V, D], the language head (the embedding, where tied), in the dtype its gradient is summed in.
         tokens, segments: int32 [B, T], what was read.
         temperature: float32 scalar that divides the logits.
-        statistics: of the expert layers, stacked [layers, ...] (see `experts.routing_statistics`); empty if dense.
+        statistics: of the expert layers, stacked [layers, ...] (see `experts.MixtureOfExperts`); empty if dense.
         entries: what the tokens add to the cache, stacked [layers, B, T, ...].
         chunk: tokens whose logits exist at one time.
     """
@@ -162,6 +162,11 @@ class Output:
     def logits(self) -> jax.Array:
         """float32 [B, T, V]; at token t they predict token t + 1. For sampling and inspection, not for losses."""
         return _logits(self.hidden, self.head, self.temperature)
+
+    @property
+    def expert_ids(self) -> jax.Array:
+        """int32 [B, T, layers, k]: the experts each token chose, in the layers that have experts."""
+        return jnp.moveaxis(self.statistics['expert_ids'], 0, 2)
 
     def _predictions(self, hidden: jax.Array, distance: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         targets = jnp.roll(self.tokens, -distance, axis=1)

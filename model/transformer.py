@@ -177,7 +177,8 @@ class Model:
             positions: int32 [B, T]; counted from 0 along the row when absent.
             segments: int32 [B, T] document ids, 0 for padding; one document a row when absent.
             temperature: divides the logits.
-            cache, valid: for a decoding step (T = 1): what `cache.grown` made, and which slots [B, S] a row may see.
+            cache, valid: for a decoding step (T = 1): entries of tokens read before [layers, B, S, ...], and which of
+                the slots, bool [B, S], a row may see.
             multi_token: also run the multi-token modules (training does).
 
         Raises:

@@ -1,6 +1,7 @@
 """The sampler: the distribution it draws from, what a row depends on, and the log-probabilities it reports."""
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,24 @@ from text import small_tokenizer
 
 from data.errors import InputError
 from model.transformer import Model, Variables
-from train.sampler import BLOCK, Completion, draw, row_keys, sample_tokens
+from train import sampler
+from train.decoding import BLOCK, decode, draw
+from train.sampler import Completion, row_keys, sample_tokens
 
 PROMPTS = ([1, 30, 40], [1, 99, 98, 97, 96, 95, 94], [1, 7], [1, 300, 301, 302, 303])
 MAX_TOKENS = 12
+
+
+class Stopping:
+    """A tokenizer with another stop token."""
+
+    pad_id = small_tokenizer().pad_id
+
+    def __init__(self, end_id: int):
+        self.end_id = end_id
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ' '.join(map(str, ids))
 
 
 @functools.cache
@@ -51,24 +66,25 @@ def answers(
     )
 
 
-def scored(prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """What the trainer's full forward pass says of an answer: log-probabilities, and the likeliest tokens."""
+def scored(prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> tuple[np.ndarray, ...]:
+    """What the trainer's full forward pass says of an answer: log-probabilities, and the likeliest tokens; and of the
+    experts that its prompt and itself choose."""
     made, variables = model()
     row = np.zeros((1, 32), np.int32)
     text = [*prompt, *tokens]
     row[0, : len(text)] = text
     segments = (np.arange(32)[None] < len(text)).astype(np.int32)
-    logprob, best = full_forward(variables, row, segments, temperature)
+    logprob, best, experts = (np.asarray(x)[0] for x in full_forward(variables, row, segments, temperature))
     start = len(prompt)
-    return np.asarray(logprob)[0, start : len(text)], np.asarray(best)[0, start - 1 : len(text) - 1]
+    return logprob[start : len(text)], best[start - 1 : len(text) - 1], experts[: len(text)]
 
 
 @jax.jit
 def full_forward(
     variables: Variables, tokens: jax.Array, segments: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     output = model()[0].apply(variables, tokens, segments=segments, temperature=temperature)
-    return output.logprob, output.logits.argmax(-1)
+    return output.logprob, output.logits.argmax(-1), output.expert_ids
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -109,7 +125,7 @@ def test_sampled_log_probabilities_are_those_of_the_full_forward_pass() -> None:
     for temperature in (1.0, 0.6):
         for prompt, group in zip(PROMPTS, answers(temperature=temperature), strict=True):
             for answer in group:
-                full, _ = scored(prompt, answer.tokens, temperature)
+                full, _, _ = scored(prompt, answer.tokens, temperature)
                 np.testing.assert_allclose(answer.logprobs, full, atol=1e-4)
     spread = np.concatenate([answer.logprobs for group in answers() for answer in group])
     assert spread.min() < -4 and spread.max() > -1  # the comparison is not one of flat distributions
@@ -128,22 +144,13 @@ def test_greedy_takes_the_likeliest_token_and_needs_no_key() -> None:
     for prompt, group in zip(PROMPTS, first, strict=True):
         assert group[0].tokens == group[1].tokens
         assert not any(group[0].logprobs)
-        _, best = scored(prompt, group[0].tokens, 1.0)
+        _, best, _ = scored(prompt, group[0].tokens, 1.0)
         assert best.tolist() == group[0].tokens
 
 
 def test_the_stop_token_ends_an_answer_and_is_kept() -> None:
     """Greedy decoding, with the token that came third taken for the stop token: the same answer, cut after it."""
     made, variables = model()
-
-    class Stopping:
-        pad_id = small_tokenizer().pad_id
-
-        def __init__(self, end_id: int):
-            self.end_id = end_id
-
-        def decode(self, ids: Sequence[int]) -> str:
-            return ' '.join(map(str, ids))
 
     def answer(end_id: int) -> Completion:
         settings: dict[str, Any] = {
@@ -171,6 +178,71 @@ def test_an_answer_depends_on_neither_its_company_nor_the_rows_at_a_time() -> No
                 np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
     alone = answers(PROMPTS[2:3], first=2)[0]
     assert [a.tokens for a in alone] == [a.tokens for a in together[2]]
+
+
+def test_rows_that_are_done_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of many lengths through few rows: as in a pool with a row for all, in fewer steps than by turns.
+
+    The ring of places wraps around more than once, prompts of two padded widths do not meet in one pool, and the last
+    prompts leave rows without work.
+    """
+    made, variables = model()
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(1, 300, size=n).tolist() for n in (3, 9, 2, 31, 7, 5, 1, 12, 4, 40, 33)]
+    steps: list[int] = []
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        pool = decode(*given, **settings)
+        steps.append(int(pool['step']))
+        return pool
+
+    monkeypatch.setattr(sampler, 'decode', counted)
+
+    def sampled(rows: int, stop: int) -> list[list[Completion]]:
+        steps.clear()
+        return sample_tokens(
+            made,
+            variables,
+            Stopping(stop),  # type: ignore[arg-type]
+            prompts,
+            samples=2,
+            temperature=0.5,
+            max_tokens=MAX_TOKENS,
+            keys=row_keys(9, range(len(prompts)), 2),
+            rows=rows,
+        )
+
+    # The token that ends answers is one that many of them have.
+    endless = [answer.tokens for group in sampled(256, -1) for answer in group]
+    stop = Counter(token for tokens in endless for token in set(tokens)).most_common(1)[0][0]
+    together, few = sampled(256, stop), sampled(8, stop)
+    tops = [a for a, b in zip(steps, [*steps[1:], 0], strict=True) if b < a]  # the last count of each pool
+    lengths = [len(answer.tokens) for group in together for answer in group]
+    assert min(lengths) < 4 and max(lengths) == MAX_TOKENS and len(set(lengths)) > 4
+    assert len(tops) == 2 and tops[0] > MAX_TOKENS
+    turns = -(-9 * 2 // 8) + -(-2 * 2 // 8)
+    assert sum(tops) < turns * MAX_TOKENS
+    for group, other in zip(together, few, strict=True):
+        assert [a.tokens for a in group] == [a.tokens for a in other]
+        assert [a.stopped for a in group] == [a.stopped for a in other]
+        for a, b in zip(group, other, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_chosen_in_sampling_are_those_of_the_full_forward_pass() -> None:
+    made, variables = model()
+    settings: dict[str, Any] = {'samples': 2, 'temperature': 1.0, 'max_tokens': MAX_TOKENS, 'experts': True, 'rows': 4}
+    keys = row_keys(5, range(len(PROMPTS)), 2)
+    for prompt, group in zip(
+        PROMPTS, sample_tokens(made, variables, small_tokenizer(), PROMPTS, keys=keys, **settings), strict=True
+    ):
+        for answer in group:
+            size = len(prompt) + len(answer.tokens)
+            assert answer.expert_ids is not None and answer.expert_ids.shape == (size, 1, 2)
+            read = size - answer.stopped  # a stop token is not
+            expected = scored(prompt, answer.tokens, 1.0)[2]
+            np.testing.assert_array_equal(np.sort(answer.expert_ids)[:read], np.sort(expected)[:read])
+    assert answers()[0][0].expert_ids is None
 
 
 def test_keys_are_distinct_across_prompts_samples_and_steps() -> None:

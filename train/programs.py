@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.transformer import Model
+from train.decoding import admit, decode, empty_pool, prefill
 from train.graph import stage_model
 from train.host import cpu_seconds
 from train.optimizer import make_optimizer
-from train.sampler import _decode, _prefill, group_size, prompt_width
+from train.sampler import pool_size, prompt_width
 from train.stages import batch_shapes, get_kind, stage_objective
 from train.step import Layout, make_step, optimizer_shapes
 
@@ -74,34 +75,36 @@ def _sampler(model: Model, stage: Mapping[str, Any], variables: Any) -> Iterator
     """Prefill and decode of as many prompts as are answered at a time, as long as fit in a row with their answers."""
     samples, answer, total = stage['samples'], stage['max_tokens'], stage['sequence_length']
     width = prompt_width(total - answer)
-    group = group_size(stage['prompts'], samples)
-    rows = group * samples
-    one = jax.ShapeDtypeStruct((), jnp.float32)
+    group, rows = pool_size(stage['prompts'], samples)
+    one, greedy = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.bool_)
 
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     per_token = model.flops_per_token(total, backward=False)
     read = (model, variables, integers(group, width), integers(group), one)
-    lower = functools.partial(_prefill.lower, *read, samples=samples)
-    prefill, compiled = _program('prefill', f'{group} prompts of {width:,} tokens', group * width * per_token, lower)
-    yield prefill
-    entries, logits = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(lambda *args: _prefill(model, *args, samples=samples), *read[1:]),
-        compiled.output_shardings,
+    lower = functools.partial(prefill.lower, *read, samples=samples)
+    program, (entries, logits, _) = _program(
+        'prefill', f'{group} prompts of {width:,} tokens', group * width * per_token, lower
     )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    greedy = jax.ShapeDtypeStruct((), jnp.bool_)
-    write = (model, variables, entries, logits, integers(rows), keys, one, greedy)
-    lower = functools.partial(_decode.lower, *write, max_tokens=answer, stop=0)
+    yield program
+    _, pool = _program('', '', 0, functools.partial(empty_pool.lower, entries, logits, rows=rows, max_tokens=answer))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), group * samples))
+    new = (integers(group * samples), entries, logits, integers(group * samples), keys)
+    _, pool = _program('', '', 0, functools.partial(admit.lower, pool, *new))
+    lower = functools.partial(decode.lower, model, variables, pool, one, greedy, integers(), stop=0)
     yield _program('decode', f'{rows} answers of {answer:,} tokens', rows * answer * per_token, lower)[0]
 
 
-def _program(
-    name: str, work: str, flops: float, lower: Callable[[], jax.stages.Lowered]
-) -> tuple[Program, jax.stages.Compiled]:
+def _program(name: str, work: str, flops: float, lower: Callable[[], jax.stages.Lowered]) -> tuple[Program, Any]:
+    """A program, and what it returns as ShapeDtypeStructs, sharded as the compiler chose."""
     wall, cpu = time.perf_counter(), cpu_seconds()
-    compiled = lower().compile()
+    lowered = lower()
+    compiled = lowered.compile()
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    return Program(name, work, flops, compiled.as_text() or '', compiled.memory_analysis(), wall, cpu), compiled
+    results = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lowered.out_info,
+        compiled.output_shardings,
+    )
+    return Program(name, work, flops, compiled.as_text() or '', compiled.memory_analysis(), wall, cpu), results

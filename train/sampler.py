@@ -1,31 +1,25 @@
-"""Sampling: a prompt is prefilled once, its cache repeated for the group, and tokens drawn in one jitted loop.
-
-The two are compiled apart: a loop serves any number of prompts and samples that make the same number of rows.
-"""
+"""Sampling: a prompt is read once for its group of answers; rows whose answer is done are given to the next prompts."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from data.errors import InputError
 from data.tokenizer import Tokenizer
-from model import cache as latent_cache
-from model.backend import trips
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
+from train.decoding import Pool, admit, decode, empty_pool, prefill
 from train.host import fetch
 
 WIDTHS = (32, 128, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
 ROWS = 256  # about as many answers are sampled at a time
-BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
+REFILLS = 4  # a full pool is refilled when one row in so many is done
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,112 +31,15 @@ class Completion:
         tokens: as sampled, the stop token included.
         logprobs: of each token under the sampling distribution (temperature included; 0 in greedy sampling).
         stopped: whether the stop token ended it, rather than the limit.
+        expert_ids: where they were asked for, the experts that the prompt's tokens and then these chose, int32
+            [prompt + tokens, layers, k].
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
-
-
-def draw(logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws a token a row by inverting the cumulative distribution, with one uniform number a row.
-
-    Args:
-        logits: float32 [rows, V]; keys: one a row.
-
-    Returns:
-        int32 [rows] and its log-probability, float32 [rows]. A token of probability zero is never drawn.
-    """
-    rows, vocabulary = logits.shape
-    logprob = jax.nn.log_softmax(logits, axis=-1)
-    pad = -vocabulary % BLOCK
-    mass = jnp.pad(jnp.exp(logprob), ((0, 0), (0, pad))).reshape(rows, -1, BLOCK)
-    per_block = mass.sum(-1)
-    ends = jnp.cumsum(per_block, axis=-1)
-    # The uniform is scaled by what the masses really sum to, so that rounding never leads past the last token.
-    target = jax.vmap(lambda key: jax.random.uniform(key, ()))(keys) * ends[:, -1]
-    block = jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), mass.shape[1] - 1)
-    before = jnp.take_along_axis(ends - per_block, block[:, None], axis=-1)
-    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
-    within = jnp.cumsum(inside, axis=-1)
-    passed = jnp.sum(within <= (target[:, None] - before), axis=-1)
-    last = BLOCK - 1 - jnp.argmax((inside > 0)[:, ::-1], axis=-1)
-    token = (block * BLOCK + jnp.minimum(passed, last)).astype(jnp.int32)
-    return token, jnp.take_along_axis(logprob, token[:, None], axis=-1)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'samples'))
-def _prefill(
-    model: Model,
-    variables: Variables,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    temperature: jax.Array,
-    samples: int,
-) -> tuple[latent_cache.Cache, jax.Array]:
-    """Reads each prompt once: its cache entries and the next token's logits, `samples` times each.
-
-    prompts: int32 [P, S], padded on the right; lengths: int32 [P].
-    """
-    real = (jnp.arange(prompts.shape[1])[None] < lengths[:, None]).astype(jnp.int32)
-    output = model.apply(variables, prompts, segments=real, temperature=temperature)
-    final = dataclasses.replace(output, hidden=jnp.take_along_axis(output.hidden, lengths[:, None, None] - 1, axis=1))
-    return latent_cache.repeated(output.entries, samples), jnp.repeat(final.logits[:, 0], samples, axis=0)
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'max_tokens', 'stop'))
-def _decode(
-    model: Model,
-    variables: Variables,
-    entries: latent_cache.Cache,
-    logits: jax.Array,
-    lengths: jax.Array,
-    keys: jax.Array,
-    temperature: jax.Array,
-    greedy: jax.Array,
-    max_tokens: int,
-    stop: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples [rows, max_tokens] tokens and log-probabilities, and how many of each row count.
-
-    entries, logits: of `_prefill`; lengths: int32 [rows], of the prompts; keys: one a row; greedy: bool, not static, so
-    that sampling of either kind compiles once.
-    """
-    rows, slots = logits.shape[0], next(iter(entries.values())).shape[2]
-    total = slots + max_tokens
-    cache = latent_cache.grown(entries, total)
-
-    def choose(logits: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token, logprob = draw(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index))
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jnp.where(greedy, likeliest, token), jnp.where(greedy, 0.0, logprob)
-
-    def step(carry: Any) -> Any:
-        index, logits, cache, done, tokens, logprobs = carry
-        token, logprob = choose(logits, index)
-        token = jnp.where(done, stop, token)
-        tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
-        logprobs = lax.dynamic_update_slice_in_dim(logprobs, jnp.where(done, 0.0, logprob)[:, None], index, axis=1)
-        done = done | (token == stop)
-        slot = jnp.arange(total)[None]
-        valid = (slot < lengths[:, None]) | ((slot >= slots) & (slot < slots + index))
-        position = (lengths + index)[:, None]
-        live = jnp.where(done, 0, 1)[:, None]
-        out = model.apply(variables, token[:, None], position, live, temperature, cache, valid)
-        cache = latent_cache.written(cache, out.entries, slots + index)
-        return index + 1, out.logits[:, 0], cache, done, tokens, logprobs
-
-    def unfinished(carry: Any) -> jax.Array:
-        return (carry[0] < max_tokens) & ~carry[3].all()
-
-    blank = jnp.full((rows, max_tokens), stop, jnp.int32)
-    start = (jnp.zeros((), jnp.int32), logits, cache, jnp.zeros(rows, bool), blank, jnp.zeros(blank.shape, jnp.float32))
-    with trips(max_tokens):  # as many as it takes when some answer does not end
-        _, _, _, _, tokens, logprobs = lax.while_loop(unfinished, step, start)
-    is_stop = tokens == stop
-    counts = jnp.where(is_stop.any(1), jnp.argmax(is_stop, axis=1) + 1, max_tokens)
-    return tokens, logprobs, counts
+    expert_ids: np.ndarray | None = None
 
 
 def sample_tokens(
@@ -156,12 +53,14 @@ def sample_tokens(
     max_tokens: int,
     keys: jax.Array,
     rows: int = ROWS,
+    experts: bool = False,
 ) -> list[list[Completion]]:
     """Samples `samples` answers to each tokenized prompt; temperature 0 is greedy.
 
     Args:
         keys: random keys [prompts, samples]: what a row draws depends on its key and prompt alone.
         rows: about how many answers are sampled at a time.
+        experts: whether completions are to say which experts their tokens chose.
 
     Raises:
         InputError: an empty prompt, or one that leaves no room for max_tokens in the context of the model.
@@ -173,47 +72,118 @@ def sample_tokens(
                 f'prompt {number} has {len(prompt)} tokens: expected 1 to {room}, the context of '
                 f'{model.config.max_position_embeddings} less the {max_tokens} to be sampled'
             )
-    group = group_size(len(prompts), samples, rows)
-    # Prompts of like length go together; what a prompt draws does not depend on its company.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results: list[list[Completion]] = [[] for _ in prompts]
-    for begin in range(0, len(order), group):
-        chosen = order[begin : begin + group]
-        filled = chosen + [chosen[-1]] * (group - len(chosen))
-        width = prompt_width(max(len(prompts[i]) for i in filled))
-        block = np.full((group, width), tokenizer.pad_id, np.int32)
-        for row, i in enumerate(filled):
-            block[row, : len(prompts[i])] = prompts[i]
-        lengths = np.array([len(prompts[i]) for i in filled], np.int32)
-        divisor = np.float32(temperature or 1.0)
-        entries, logits = _prefill(model, variables, block, lengths, divisor, samples=samples)
-        tokens, logprobs, counts = fetch(
-            _decode(
-                model,
-                variables,
-                entries,
-                logits,
-                lengths.repeat(samples),
-                keys[np.array(filled)].reshape(-1),
-                divisor,
-                np.bool_(not temperature),
-                max_tokens=max_tokens,
-                stop=tokenizer.end_id,
-            )
-        )
-        for row, i in enumerate(chosen):
-            for s in range(row * samples, (row + 1) * samples):
-                ids = tokens[s, : counts[s]].tolist()
-                stopped = ids[-1] == tokenizer.end_id
-                text = tokenizer.decode(ids[:-1] if stopped else ids)
-                results[i].append(Completion(text, ids, logprobs[s, : counts[s]].tolist(), stopped))
+    group, pool_rows = pool_size(len(prompts), samples, rows)
+    results: list[list[Completion]] = [[None] * samples for _ in prompts]  # type: ignore[list-item]
+    for width, chosen in _buckets([len(prompt) for prompt in prompts], pool_rows > group * samples):
+        sampler = _Sampler(model, variables, tokenizer, samples, max_tokens, temperature, pool_rows, experts)
+        waiting = [chosen[i : i + group] for i in range(0, len(chosen), group)]
+        while waiting or sampler.answers:
+            while waiting and len(sampler.answers) <= pool_rows - group * samples:
+                numbers = waiting.pop(0)
+                filled = numbers + numbers[-1:] * (group - len(numbers))
+                sampler.begin(filled, len(numbers), [prompts[i] for i in filled], width, keys[np.array(filled)])
+            for i, sample, completion in sampler.go_on(group * samples if waiting else pool_rows):
+                results[i][sample] = completion
     return results
 
 
-def group_size(prompts: int, samples: int, rows: int = ROWS) -> int:
-    """How many prompts are answered at a time, on the mesh in use; see `sample_tokens`."""
-    group = max(1, min(rows // samples, prompts))
-    return -(-group // batch_ways()) * batch_ways()
+class _Sampler:
+    """The host's side of a pool: which row writes which answer, and since when."""
+
+    def __init__(
+        self,
+        model: Model,
+        variables: Variables,
+        tokenizer: Tokenizer,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        rows: int,
+        experts: bool,
+    ):
+        self._model, self._variables, self._tokenizer = model, variables, tokenizer
+        self._samples, self._max_tokens, self._rows = samples, max_tokens, rows
+        self._divisor, self._greedy = np.float32(temperature or 1.0), np.bool_(not temperature)
+        config = model.config
+        self._experts = (config.num_moe_layers, config.num_experts_per_tok) if experts and config.is_moe else None
+        self._pool: Pool | None = None
+        self._read: dict[int, np.ndarray] = {}  # the experts of each prompt's tokens
+        self._step = 0
+        # Of each row at work: prompt, sample, and the step it began at.
+        self.answers: dict[int, tuple[int, int, int]] = {}
+
+    def begin(
+        self, numbers: list[int], count: int, prompts: Sequence[Sequence[int]], width: int, keys: jax.Array
+    ) -> None:
+        """Reads prompts and begins their answers in rows without work; those of the first `count` are wanted."""
+        block = np.full((len(prompts), width), self._tokenizer.pad_id, np.int32)
+        for place, prompt in enumerate(prompts):
+            block[place, : len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        entries, logits, ids = prefill(
+            self._model,
+            self._variables,
+            block,
+            lengths,
+            self._divisor,
+            samples=self._samples,
+            experts=self._experts is not None,
+        )
+        if self._pool is None:
+            self._pool = empty_pool(entries, logits, self._rows, self._max_tokens, self._experts)
+        if ids is not None:
+            self._read |= {i: x[:n] for i, x, n in zip(numbers, fetch(ids), lengths, strict=True)}
+        free = [row for row in range(self._rows) if row not in self.answers][: len(prompts) * self._samples]
+        rows = np.array(free, np.int32)
+        self._pool = admit(self._pool, rows, entries, logits, lengths.repeat(self._samples), keys.reshape(-1))
+        for n, row in enumerate(free):
+            place, sample = divmod(n, self._samples)
+            self.answers[row] = (numbers[place] if place < count else -1, sample, self._step)
+
+    def go_on(self, enough: int) -> Iterator[tuple[int, int, Completion]]:
+        """Decodes until so many rows are without work; gives prompt, sample and answer of each that came to an end."""
+        stop = self._tokenizer.end_id
+        assert self._pool is not None
+        self._pool = decode(
+            self._model, self._variables, self._pool, self._divisor, self._greedy, np.int32(enough), stop=stop
+        )
+        names = ['step', 'done', 'counts', 'tokens', 'logprobs', 'experts'][: 6 if self._experts else 5]
+        now = fetch({name: self._pool[name] for name in names})
+        self._step = int(now['step'])
+        for row in [row for row in self.answers if now['done'][row]]:
+            i, sample, begun = self.answers.pop(row)
+            if i < 0:
+                continue
+            places = (begun + np.arange(now['counts'][row])) % self._max_tokens
+            tokens = now['tokens'][row, places].tolist()
+            stopped = tokens[-1] == stop
+            text = self._tokenizer.decode(tokens[:-1] if stopped else tokens)
+            ids = np.concatenate([self._read[i], now['experts'][row, places]]) if self._experts else None
+            yield i, sample, Completion(text, tokens, now['logprobs'][row, places].tolist(), stopped, ids)
+
+
+def pool_size(prompts: int, samples: int, rows: int = ROWS) -> tuple[int, int]:
+    """How many prompts are read at a time, and the rows of their pool, on the mesh in use; see `sample_tokens`.
+
+    All prompts at once where their answers fit. Otherwise a share of the pool, which is refilled as often as so many
+    rows are done.
+    """
+    ways = batch_ways()
+    if prompts * samples <= rows:
+        group = -(-prompts // ways) * ways
+        return group, group * samples
+    group = -(-max(1, rows // (REFILLS * samples)) // ways) * ways
+    return group, max(1, rows // (group * samples)) * group * samples
+
+
+def _buckets(lengths: Sequence[int], apart: bool) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of the prompts that are padded to one width, with that width; `apart`: not all to that of the longest."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    if not apart:
+        yield prompt_width(lengths[order[-1]]), order
+        return
+    for width, some in itertools.groupby(order, lambda i: prompt_width(lengths[i])):
+        yield width, list(some)
 
 
 def prompt_width(length: int) -> int:
