@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.backend import platform
+from model.cache import Entries
 from model.layers import Module, rotate, softmax_scale
 from model.sharding import constrain, per_device, splits
 from model.splash import splash_attention
@@ -18,7 +19,6 @@ from model.splash import splash_attention
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
 LATENT_EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps is: so it is in every published model of this kind
 
-Entries = dict[str, jax.Array]  # what one layer adds to the cache for the tokens it has just seen
 
 # Logical axes of arrays over tokens [B, T, D], and over tokens and heads [B, T, H, D].
 TOKENS, HEADS = ('batch', 'length', None), ('batch', 'length', 'heads', None)

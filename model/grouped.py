@@ -5,6 +5,7 @@ One layout serves every backend; what multiplies it is chosen where the program 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 from jax import lax
 
 from model.backend import platform
+
+MULTIPLIED, ADDED = 512, 128  # rows that the loops on CPU take at a time, where an expert has so many
 
 
 def plan_blocks(ids: jax.Array, experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -131,17 +134,58 @@ def _tile(size: int, most: int = 1024) -> int:
     return min(range(most, most // 2 - 1, -128), key=lambda tile: -size % tile)
 
 
+def _expert_by_expert(
+    owner: jax.Array,
+    blocks: jax.Array,
+    experts: int,
+    body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+    out: Any,
+) -> Any:
+    """`out` after body(expert, its first block, end of its blocks, out) for each expert that has blocks.
+
+    So that an expert's weights are cut out of the stack once, and not for each of its blocks.
+    """
+    in_use = (jnp.arange(owner.shape[0]) < blocks).astype(jnp.int32)
+    counts = jax.ops.segment_sum(in_use, owner, num_segments=experts)
+    ends = jnp.cumsum(counts)
+    busy = jnp.nonzero(counts, size=experts, fill_value=0)[0]
+
+    def one(n: jax.Array, out: Any) -> Any:
+        expert = busy[n]
+        return body(expert, ends[expert] - counts[expert], ends[expert], out)
+
+    return lax.fori_loop(0, jnp.sum(counts > 0), one, out)
+
+
+def _in_pieces(
+    first: jax.Array, end: jax.Array, block: int, rows: int, body: Callable[[jax.Array, int, Any], Any], out: Any
+) -> Any:
+    """`out` after body(first row, how many, out) for pieces of `rows` rows, then for single blocks that are left over:
+    a few large products keep the cores busier than many small ones."""
+    together = rows // block
+    if together > 1:
+        large = (end - first) // together
+        out = lax.fori_loop(0, large, lambda i, out: body((first + i * together) * block, together * block, out), out)
+        first += large * together
+    return lax.fori_loop(first, end, lambda i, out: body(i * block, block, out), out)
+
+
 def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, blocks: jax.Array, transposed: bool) -> Any:
     block = rows.shape[0] // owner.shape[0]
     width = weights.shape[1] if transposed else weights.shape[2]
 
-    def multiply_one(i: jax.Array, out: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(rows, i * block, block)
-        w = lax.dynamic_index_in_dim(weights, owner[i], keepdims=False)
-        y = lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())))
-        return lax.dynamic_update_slice_in_dim(out, y, i * block, 0)
+    def multiply_own(expert: jax.Array, first: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
+        w = lax.dynamic_index_in_dim(weights, expert, keepdims=False)
 
-    return lax.fori_loop(0, blocks, multiply_one, jnp.zeros((rows.shape[0], width), rows.dtype))
+        def multiply_some(start: jax.Array, count: int, out: jax.Array) -> jax.Array:
+            x = lax.dynamic_slice_in_dim(rows, start, count)
+            y = lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())))
+            return lax.dynamic_update_slice_in_dim(out, y, start, 0)
+
+        return _in_pieces(first, end, block, min(MULTIPLIED, rows.shape[0]), multiply_some, out)
+
+    out = jnp.zeros((rows.shape[0], width), rows.dtype)
+    return _expert_by_expert(owner, blocks, weights.shape[0], multiply_own, out)
 
 
 def _accumulate_blocks(
@@ -149,11 +193,14 @@ def _accumulate_blocks(
 ) -> jax.Array:
     block = rows.shape[0] // owner.shape[0]
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        x = lax.dynamic_slice_in_dim(rows, i * block, block)
-        g = lax.dynamic_slice_in_dim(gradient, i * block, block)
-        product = jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
-        old = lax.dynamic_index_in_dim(total, owner[i], keepdims=False)
-        return lax.dynamic_update_index_in_dim(total, old + product, owner[i], 0)
+    def add_own(expert: jax.Array, first: jax.Array, end: jax.Array, total: jax.Array) -> jax.Array:
+        def add_some(start: jax.Array, count: int, own: jax.Array) -> jax.Array:
+            x = lax.dynamic_slice_in_dim(rows, start, count)
+            g = lax.dynamic_slice_in_dim(gradient, start, count)
+            return own + jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
 
-    return lax.fori_loop(0, blocks, add, total)
+        own = lax.dynamic_index_in_dim(total, expert, keepdims=False)
+        own = _in_pieces(first, end, block, min(ADDED, rows.shape[0]), add_some, own)
+        return lax.dynamic_update_index_in_dim(total, own, expert, 0)
+
+    return _expert_by_expert(owner, blocks, total.shape[0], add_own, total)

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.attention import GroupedQueryAttention, LatentAttention
+from model.attention import Entries, GroupedQueryAttention, LatentAttention
+from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import MixtureOfExperts, Statistics, updated_bias
 from model.heads import Output
@@ -19,7 +20,6 @@ from model.layers import Declared, FeedForward, Module
 from model.sharding import constrain, named_sharding
 
 Variables = dict[str, Any]  # {'params': trained weights, 'balance': router biases}: plain dictionaries of arrays
-Entries = dict[str, jax.Array]
 
 
 class Block(Module):
@@ -82,7 +82,7 @@ class Transformer(Module):
         positions: jax.Array,
         segments: jax.Array,
         temperature: jax.Array,
-        cache: Entries | None,
+        cache: Cache | None,
         valid: jax.Array | None,
         multi_token: bool,
     ) -> Output:
@@ -96,20 +96,10 @@ class Transformer(Module):
         if not c.tie_word_embeddings:
             head = self.weight('lm_head', (c.vocab_size, c.hidden_size), ('vocab', 'embed'), inputs=0, role='embedding')
 
-        dense = c.num_dense_layers
-        x = embedded
-        entries: list[Entries] = []
-        statistics: Statistics = {}
-        for name, first, count, experts in (
-            ('dense_layers', 0, dense, False),
-            ('layers', dense, c.num_moe_layers, True),
-        ):
-            if not count:
-                continue
-            part = None if cache is None else {key: value[first : first + count] for key, value in cache.items()}
-            x, (new, statistics) = self.stack(name, count, experts, x, part, positions, segments, valid)
-            entries.append(new)
-        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *entries)
+        if cache is None:
+            x, entries, statistics = self.whole(embedded, positions, segments)
+        else:
+            x, entries, statistics = self.in_parts(embedded, cache, positions, segments, valid)
         hidden = self.norm('norm', x)
 
         ahead: list[jax.Array] = []
@@ -123,33 +113,64 @@ class Transformer(Module):
                 statistics = {
                     key: jnp.concatenate([statistics[key], x]) if statistics else x for key, x in layer.items()
                 }
-        return Output(hidden, tuple(ahead), head, tokens, segments, temperature, statistics, joined, c.head_chunk)
+        return Output(hidden, tuple(ahead), head, tokens, segments, temperature, statistics, entries, c.head_chunk)
 
-    def stack(
-        self,
-        name: str,
-        count: int,
-        experts: bool,
-        x: jax.Array,
-        cache: Entries | None,
-        positions: jax.Array,
-        segments: jax.Array,
-        valid: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[Entries, Statistics]]:
-        """`count` blocks of one kind. Weights are stacked along a first axis, whether or not the layers are scanned."""
-        block: Any = Block
-        if self.config.remat != 'none':
-            block = nn.remat(Block, prevent_cse=not self.config.scan_layers, policy=_policy(self.config.remat))
-        scanned = nn.scan(
-            block,
-            variable_axes={'params': 0, 'balance': 0},
-            split_rngs={'params': True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=count,
-            unroll=1 if self.config.scan_layers else count,
-            metadata_params={nn.PARTITION_NAME: 'layers'},
-        )
-        return scanned(self.config, experts=experts, name=name)(x, cache, positions, segments, valid)
+    def whole(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, Entries, Statistics]:
+        """All layers over tokens with none before them."""
+        c, entries, statistics = self.config, [], {}
+        for name, count, experts in (('dense_layers', c.num_dense_layers, False), ('layers', c.num_moe_layers, True)):
+            if count:
+                stack = _stack(c, count, c.remat)(c, experts=experts, name=name)
+                x, (new, statistics) = stack(x, None, positions, segments, None)
+                entries.append(new)
+        return x, _joined(entries), statistics
+
+    def in_parts(
+        self, x: jax.Array, cache: Cache, positions: jax.Array, segments: jax.Array, valid: jax.Array | None
+    ) -> tuple[jax.Array, Entries, Statistics]:
+        """All layers over one more token a row, part by part of the cache; weights are those of `Model.in_parts`."""
+        entries, statistics = [], []
+        weights, biases = self.variables['params'], self.variables['balance']
+        for part, (name, _, count) in enumerate(layer_parts(self.config)):
+            own = {'params': weights[name][part], 'balance': biases[name][part] if name in biases else {}}
+            stack = _stack(self.config, count, 'none')(self.config, experts=name == 'layers', parent=None)
+            x, (new, more) = stack.apply(own, x, cache[part], positions, segments, valid)
+            entries.append(new)
+            statistics += [more] if more else []
+        return x, _joined(entries), _joined(statistics) if statistics else {}
+
+
+def _stack(config: ModelConfig, count: int, remat: str) -> Any:
+    """`count` blocks of one kind. Weights are stacked along a first axis, whether or not the layers are scanned."""
+    block: Any = Block
+    if remat != 'none':
+        block = nn.remat(Block, prevent_cse=not config.scan_layers, policy=_policy(remat))
+    return nn.scan(
+        block,
+        variable_axes={'params': 0, 'balance': 0},
+        split_rngs={'params': True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        length=count,
+        unroll=1 if config.scan_layers else count,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+    )
+
+
+def layer_parts(config: ModelConfig) -> list[tuple[str, int, int]]:
+    """How decoding cuts the layers: stack, first layer within it and how many. A loop over layers takes a whole stack,
+    without one each layer stands alone: its weights and its cache are then cut out once, and not at every token."""
+    stacks = [('dense_layers', config.num_dense_layers), ('layers', config.num_moe_layers)]
+    return [
+        (name, first, total if config.scan_layers else 1)
+        for name, total in stacks
+        if total
+        for first in range(0, total, total if config.scan_layers else 1)
+    ]
+
+
+def _joined(parts: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Parts of a stack of layers as one."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +186,7 @@ class Model:
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
         temperature: jax.Array | float = 1.0,
-        cache: Entries | None = None,
+        cache: Cache | None = None,
         valid: jax.Array | None = None,
         multi_token: bool = False,
     ) -> Output:
@@ -177,8 +198,8 @@ class Model:
             positions: int32 [B, T]; counted from 0 along the row when absent.
             segments: int32 [B, T] document ids, 0 for padding; one document a row when absent.
             temperature: divides the logits.
-            cache, valid: for a decoding step (T = 1): entries of tokens read before [layers, B, S, ...], and which of
-                the slots, bool [B, S], a row may see.
+            cache, valid: for a decoding step (T = 1): the cache of tokens read before, S slots (see `model.cache`), and
+                which of them, bool [B, S], a row may see. The variables are then those of `in_parts`.
             multi_token: also run the multi-token modules (training does).
 
         Raises:
@@ -192,6 +213,25 @@ class Model:
             segments = jnp.ones_like(tokens)
         scale = jnp.asarray(temperature, jnp.float32)
         return Transformer(self.config).apply(variables, tokens, positions, segments, scale, cache, valid, multi_token)  # type: ignore[return-value]
+
+    def in_parts(self, variables: Variables) -> Variables:
+        """The variables as decoding takes them, with the layers' cut along `layer_parts`."""
+        parts = layer_parts(self.config)
+
+        def cut(collection: Any) -> Any:
+            stacks = {
+                name: [
+                    jax.tree.map(lambda x, first=first, count=count: x[first : first + count], collection[name])
+                    if name == part
+                    else None
+                    for part, first, count in parts
+                ]
+                for name in collection
+                if name in ('dense_layers', 'layers')
+            }
+            return {**collection, **stacks}
+
+        return {name: cut(collection) for name, collection in variables.items()}
 
     @functools.cached_property
     def declared(self) -> Variables:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from absl.testing import flagsaver
 from ml_collections import ConfigDict
-from small import get_config
+from small import get_config, model_config
 from text import small_tokenizer
 
 from data.errors import InputError
-from train import benchmark, stages
+from train import benchmark, operations, stages
 from train.benchmark import Measurement, covered, main, measure, table
 from train.chips import known_peak
 
@@ -54,8 +54,10 @@ def test_rates_begin_after_the_first_step(measured: Measurement, config: ConfigD
 
 def test_the_table_says_it_all(measured: Measurement) -> None:
     text = table(measured)
-    for part in ('small, stage pretrain', 'tokens per second', 'tokens per CPU-second', 'compiling', 'measured here'):
+    named = ('small, stage pretrain', 'tokens per second', 'tokens per CPU-second', 'compiling', 'measured here')
+    for part in (*named, 'CPU-seconds a step', 'as plain matrix products'):
         assert part in text
+    assert measured.steps == STEPS - 1 and measured.plain is not None and measured.plain > 0
     assert f'{measured.tokens / measured.spent.total_seconds:,.0f}' in text
     assert 'not in the step' in text and 'sampling' not in text
     assert '-  no peak is on record' in table(
@@ -100,6 +102,24 @@ def test_bad_arguments_are_told_before_any_work(config: ConfigDict, tmp_path: Pa
         measure(config.to_dict(), 'pretain', 2, tmp_path)
     with pytest.raises(InputError, match='expected the folder of a run'):
         measure(config.to_dict(), '', 2, tmp_path, tmp_path / 'nothing')
+
+
+def test_operations_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a size that costs nothing: each line of the report is there, and what it compares was called equally often."""
+    calls: list[str] = []
+    found = operations.seconds({name: lambda name=name: calls.append(name) for name in 'ab'}, 3)
+    assert calls == ['a', 'b'] * 4 and set(found) == {'a', 'b'}
+    monkeypatch.setattr(operations, 'SHAPES', ((2, 16),))
+    monkeypatch.setattr(operations, 'CACHED', (4, 8))
+    monkeypatch.setattr(operations, 'STEPS', 2)
+    text = operations.report(model_config(num_hidden_layers=1), 1)
+    for part in (
+        '2 experts x 16 rows, 32 -> 64',
+        'microseconds a token by tokens in the cache: 4: ',
+        'over 512 tokens',
+    ):
+        assert part in text
+    assert 'latent' not in operations.report(model_config(num_hidden_layers=1, attention='gqa', head_dim=8), 1)
 
 
 @flagsaver.flagsaver

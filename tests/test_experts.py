@@ -110,7 +110,9 @@ def test_mixture_of_experts_is_the_reference(changes):
         np.testing.assert_allclose(out[row, columns], expected, atol=2e-5)
         routed.append((scores, chosen))
     expected = reference.expert_statistics(routed, config)
-    assert set(statistics) == set(expected)
+    assert set(statistics) == {*expected, 'expert_ids'}
+    for (row, columns), (_, chosen) in zip(reference.documents(segments), routed, strict=True):
+        np.testing.assert_array_equal(np.sort(statistics['expert_ids'][row, columns]), np.sort(chosen))
     for name, value in expected.items():
         np.testing.assert_allclose(statistics[name], value, rtol=1e-5, err_msg=name)
 

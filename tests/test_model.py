@@ -13,7 +13,7 @@ from model import cache as latent_cache
 from model.config import ModelConfig
 from model.heads import same_segment, score
 from model.sharding import make_mesh, partition_spec
-from model.transformer import Model
+from model.transformer import Model, layer_parts
 from tests import reference
 from tests.tiny import (
     EVERYTHING,
@@ -282,8 +282,9 @@ def test_decoding_from_the_cache_is_the_full_pass(config):
     continuations = rng.integers(config.vocab_size, size=(3, samples, more)).astype(np.int32)
     prefilled = full_pass(prompts, lengths)
     entries = {name: x[:, :, :slots] for name, x in prefilled['entries'].items()}
-    repeated = latent_cache.repeated(entries, samples)
-    cache = {name: np.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)) for name, x in repeated.items()}
+    counts = [count for _, _, count in layer_parts(config)]
+    cache = latent_cache.empty(entries, counts, 3 * samples, room)
+    cache = latent_cache.begun(cache, latent_cache.repeated(entries, samples), np.arange(3 * samples))
     row_lengths = np.repeat(lengths, samples).astype(np.int32)
 
     @jax.jit
@@ -291,7 +292,7 @@ def test_decoding_from_the_cache_is_the_full_pass(config):
         slot = jnp.arange(room)[None]
         valid = (slot < row_lengths[:, None]) | ((slot >= slots) & (slot < slots + index))
         position = row_lengths[:, None] + index
-        out = model.apply(variables, token, position, jnp.ones_like(token), 0.7, cache, valid)
+        out = model.apply(model.in_parts(variables), token, position, jnp.ones_like(token), 0.7, cache, valid)
         return out.logits[:, 0], latent_cache.written(cache, out.entries, slots + index)
 
     decoded = [np.repeat(prefilled['logits'][np.arange(3), lengths - 1], samples, axis=0)]
@@ -308,7 +309,7 @@ def test_decoding_from_the_cache_is_the_full_pass(config):
         for row, length in enumerate(lengths):
             np.testing.assert_allclose(found[row, s], expected[row, length - 1 : length + more], atol=5e-5)
     assert np.abs(found[:, 0, -1] - found[:, 1, -1]).max() > 1e-2  # the two samples of a prompt went different ways
-    per_token = sum(x.shape[0] * int(np.prod(x.shape[3:])) for x in cache.values())
+    per_token = sum(x.shape[0] * int(np.prod(x.shape[3:])) for part in cache for x in part.values())
     assert per_token == config.cache_elements_per_token
 
 

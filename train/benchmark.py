@@ -6,6 +6,9 @@ The real loop takes the first steps of a stage from its real stream, in a tempor
 first step compiles, so rates begin after it. Weights are fresh, whatever the stage's parents are. That is all the same
 where speed does not depend on them, but an untrained model that is to learn from its own answers gives long and useless
 ones: with --workdir=DIR, such a stage begins with the checkpoints of its parents in a run.
+
+With --operations it measures instead, at the sizes of the config's model, the grouped matmul beside a dense one,
+decoding by the length of what is cached, and latents kept beside latents expanded: medians of --steps calls.
 """
 
 from __future__ import annotations
@@ -25,14 +28,16 @@ import jax.numpy as jnp
 from absl import flags
 
 from data.errors import InputError
+from train import operations
 from train.__main__ import parse
 from train.chips import known_peak, si
 from train.command import command
-from train.graph import Run, needed_for
+from train.graph import Run, needed_for, stage_model
 from train.host import prepare
 from train.loop import Spent, train
 
-_STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take.')
+_STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take, or calls of each operation.')
+_OPERATIONS = flags.DEFINE_boolean('operations', False, 'Measure single operations instead of training.')
 
 COMPILATION = tuple(  # tracing, which nests, lowering, and compiling or reading a compiled program from disk
     f'/jax/core/compile/{part}_duration' for part in ('jaxpr_trace', 'jaxpr_to_mlir_module', 'backend_compile')
@@ -47,15 +52,17 @@ class Measurement:
 
     Attributes:
         title: what was measured, on what.
-        tokens, flops: trained in, and model FLOPs of (sampling included), the steps after the first.
+        steps: after the first; tokens, flops: trained in, and model FLOPs of (sampling included), these.
         spent: the loop's own account of its time.
         work: what the stream does itself, such as 'sampling'; '' where it makes batches beside the step.
         compile_seconds: spent on compilation in the first step; cached: programs it took from the cache on disk.
         late_compile_seconds: spent on compilation after it, which the rates contain.
         peak: FLOP/s of all devices, None if unknown; peak_source: where that number is from.
+        plain: on CPU, the model FLOPs of a CPU-second of plain matrix products.
     """
 
     title: str
+    steps: int
     tokens: int
     flops: float
     spent: Spent
@@ -65,6 +72,7 @@ class Measurement:
     late_compile_seconds: float
     peak: float | None
     peak_source: str
+    plain: float | None
 
     @property
     def outside(self) -> dict[str, float]:
@@ -100,13 +108,14 @@ def measure(config: dict[str, Any], stage: str, steps: int, folder: Path, workdi
     with compilations() as (compiled, cached):
         _, spent = train(plan, state)
     first, *_, last = map(json.loads, (plan.folder / 'metrics.jsonl').read_text().splitlines())
-    peak, source = peak_flops(run.mesh)
+    peak, source, plain = peak_flops(run.mesh)
     kind = run.mesh.devices.flat[0].device_kind
     return Measurement(
         title=(
             f'{config["name"]}, stage {name}: {steps} steps of {settings["batch_size"]} x '
             f'{settings["sequence_length"]} tokens on {run.mesh.size} x {kind}'
         ),
+        steps=steps - 1,
         tokens=last['tokens'] - first['tokens'],
         flops=last['flops'] - first['flops'],
         spent=spent,
@@ -116,6 +125,7 @@ def measure(config: dict[str, Any], stage: str, steps: int, folder: Path, workdi
         late_compile_seconds=covered(compiled, spent.warm, spent.warm + spent.total_seconds),
         peak=peak,
         peak_source=source,
+        plain=plain,
     )
 
 
@@ -154,31 +164,33 @@ def covered(intervals: list[tuple[float, float]], start: float, end: float) -> f
     return seconds
 
 
-def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float | None, str]:
+def peak_flops(mesh: jax.sharding.Mesh) -> tuple[float | None, str, float | None]:
     """FLOP/s of all devices of a mesh together, and the source of that number; None where it is not known.
 
     A CPU has no number that holds for its clock of the day, so it is measured, once for all of its devices: they share
-    its cores.
+    its cores. What a CPU-second of such products does is third; None elsewhere.
     """
     device = mesh.devices.flat[0]
     if device.platform == 'cpu':
-        return measured_matmul(), f'a float32 matrix product of {MATMUL}^3, measured here'
+        fastest, plain = measured_matmul()
+        return fastest, f'a float32 matrix product of {MATMUL}^3, measured here', plain
     found = known_peak(device.device_kind)
     if found is None:
-        return None, f'no peak is on record for {device.device_kind!r}'
-    return found[0] * mesh.size, f'dense bfloat16, {found[1]}'
+        return None, f'no peak is on record for {device.device_kind!r}', None
+    return found[0] * mesh.size, f'dense bfloat16, {found[1]}', None
 
 
-def measured_matmul(repeats: int = 5) -> float:
-    """FLOP/s of the fastest of some float32 matrix products."""
+def measured_matmul(repeats: int = 9) -> tuple[float, float]:
+    """FLOP/s of the fastest of some float32 matrix products, and FLOPs of a CPU-second of all of them."""
     x = jnp.ones((MATMUL, MATMUL), jnp.float32)
     product = jax.jit(jnp.matmul)
-    seconds = []
-    for _ in range(repeats + 1):
+    product(x, x).block_until_ready()
+    seconds, cpu = [], time.process_time()
+    for _ in range(repeats):
         started = time.perf_counter()
         product(x, x).block_until_ready()
         seconds.append(time.perf_counter() - started)
-    return 2 * MATMUL**3 / min(seconds[1:])
+    return 2 * MATMUL**3 / min(seconds), 2 * MATMUL**3 * repeats / (time.process_time() - cpu)
 
 
 def table(m: Measurement) -> str:
@@ -198,6 +210,10 @@ def table(m: Measurement) -> str:
         ('model FLOPs utilisation', used, source),
         ('not in the step', f'{sum(m.outside.values()):.2%}', ', '.join(f'{n} {s:.2%}' for n, s in m.outside.items())),
     ]
+    if m.plain is not None:
+        each, bound = spent.cpu_seconds / m.steps, m.flops / m.steps / m.plain
+        note = f'{each / bound:.2f} times those of its model FLOPs as plain matrix products, {bound:.2f}'
+        rows.insert(3, ('CPU-seconds a step', f'{each:.2f}', note))
     if m.work:
         rows.append((m.work, f'{spent.stream_seconds / spent.total_seconds:.1%}', 'work of the stream, not waiting'))
     if m.late_compile_seconds > 0.01 * spent.total_seconds:
@@ -214,6 +230,9 @@ def main(arguments: list[str]) -> int:
         return 0
     config = parse(arguments, required=('config',))
     prepare()
+    if _OPERATIONS.value:
+        print(operations.report(stage_model(config, flags.FLAGS.stage or min(config['stages'])), _STEPS.value))
+        return 0
     workdir = Path(flags.FLAGS.workdir) if flags.FLAGS.workdir else None
     with tempfile.TemporaryDirectory(prefix='torso-benchmark-') as folder:
         print(table(measure(config, flags.FLAGS.stage, _STEPS.value, Path(folder), workdir)))

@@ -18,7 +18,7 @@ from jax import lax
 from model import cache as latent_cache
 from model.backend import trips
 from model.sharding import constrain
-from model.transformer import Model, Variables
+from model.transformer import Model, Variables, layer_parts
 
 BLOCK = 64  # token probabilities are summed in blocks of this size when one is drawn
 
@@ -64,7 +64,7 @@ def prefill(
     temperature: jax.Array,
     samples: int,
     experts: bool = False,
-) -> tuple[latent_cache.Cache, jax.Array, jax.Array | None]:
+) -> tuple[latent_cache.Entries, jax.Array, jax.Array | None]:
     """Reads each prompt once.
 
     Args:
@@ -81,38 +81,41 @@ def prefill(
     return entries, jnp.repeat(final.logits[:, 0], samples, axis=0), output.expert_ids if experts else None
 
 
-@functools.partial(jax.jit, static_argnames=('rows', 'max_tokens', 'experts'))
-def empty_pool(
-    entries: latent_cache.Cache, logits: jax.Array, rows: int, max_tokens: int, experts: tuple[int, int] | None = None
-) -> Pool:
-    """A pool without answers for prompts like those that gave `entries` and `logits` of `prefill`.
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'max_tokens', 'experts'))
+def empty_pool(model: Model, entries: latent_cache.Entries, rows: int, max_tokens: int, experts: bool = False) -> Pool:
+    """A pool without answers, for prompts as wide as those that gave `entries` of `prefill`.
 
-    Args:
-        experts: layers and k of the experts to be kept; None: not wanted.
+    experts: whether those that the tokens choose are kept.
     """
     slots = next(iter(entries.values())).shape[2] + max_tokens
+    cache = latent_cache.empty(entries, [count for _, _, count in layer_parts(model.config)], rows, slots)
 
-    def blank(shape: tuple[int, ...], dtype: Any, rows_at: int = 0) -> jax.Array:
-        return constrain(jnp.zeros(shape, dtype), *('batch' if i == rows_at else None for i in range(len(shape))))
+    def split(x: jax.Array, *before: None) -> jax.Array:
+        return constrain(x, *before, 'batch', *(None for _ in x.shape[len(before) + 1 :]))
 
-    cache = {name: blank((x.shape[0], rows, slots, *x.shape[3:]), x.dtype, 1) for name, x in entries.items()}
+    def blank(dtype: Any, *shape: int) -> jax.Array:
+        return split(jnp.zeros((rows, *shape), dtype))
+
     pool = {
         'step': jnp.zeros((), jnp.int32),
-        'prompts': blank((rows,), jnp.int32),
-        'counts': blank((rows,), jnp.int32),
-        'done': blank((rows,), jnp.bool_) | True,
+        'prompts': blank(jnp.int32),
+        'counts': blank(jnp.int32),
+        'done': ~blank(jnp.bool_),
         'keys': jax.random.split(jax.random.key(0), rows),
-        'logits': blank((rows, logits.shape[1]), logits.dtype),
-        'cache': cache,
-        'tokens': blank((rows, max_tokens), jnp.int32),
-        'logprobs': blank((rows, max_tokens), jnp.float32),
+        'logits': blank(jnp.float32, model.config.vocab_size),
+        'cache': jax.tree.map(lambda x: split(x, None), cache),
+        'tokens': blank(jnp.int32, max_tokens),
+        'logprobs': blank(jnp.float32, max_tokens),
     }
-    return pool if experts is None else {**pool, 'experts': blank((rows, max_tokens, *experts), jnp.int32)}
+    if not experts:
+        return pool
+    kept = model.config.num_moe_layers, model.config.num_experts_per_tok
+    return {**pool, 'experts': blank(jnp.int32, max_tokens, *kept)}
 
 
 @functools.partial(jax.jit, donate_argnames=('pool',))
 def admit(
-    pool: Pool, rows: jax.Array, entries: latent_cache.Cache, logits: jax.Array, lengths: jax.Array, keys: jax.Array
+    pool: Pool, rows: jax.Array, entries: latent_cache.Entries, logits: jax.Array, lengths: jax.Array, keys: jax.Array
 ) -> Pool:
     """The pool with answers begun in the given rows, which must be done.
 
@@ -120,11 +123,9 @@ def admit(
         rows: int32 [N], different ones; entries, logits: of `prefill`, N answers; lengths: int32 [N], of the prompts.
         keys: one an answer.
     """
-    width = next(iter(entries.values())).shape[2]
-    placed = {name: x.at[:, rows, :width].set(entries[name]) for name, x in pool['cache'].items()}
     return {
         **pool,
-        'cache': placed,
+        'cache': latent_cache.begun(pool['cache'], entries, rows),
         'prompts': pool['prompts'].at[rows].set(lengths),
         'counts': pool['counts'].at[rows].set(0),
         'done': pool['done'].at[rows].set(False),
@@ -148,7 +149,8 @@ def decode(
     greedy: bool, not static, so that sampling of either kind compiles once. A row that is done keeps what it wrote.
     """
     longest = pool['tokens'].shape[1]
-    width = next(iter(pool['cache'].values())).shape[2] - longest
+    width = jax.tree.leaves(pool['cache'])[0].shape[2] - longest
+    variables = model.in_parts(variables)
 
     def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
         token, logprob = draw(logits, jax.vmap(jax.random.fold_in)(keys, counts))

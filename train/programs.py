@@ -88,7 +88,7 @@ def _sampler(model: Model, stage: Mapping[str, Any], variables: Any) -> Iterator
         'prefill', f'{group} prompts of {width:,} tokens', group * width * per_token, lower
     )
     yield program
-    _, pool = _program('', '', 0, functools.partial(empty_pool.lower, entries, logits, rows=rows, max_tokens=answer))
+    _, pool = _program('', '', 0, functools.partial(empty_pool.lower, model, entries, rows=rows, max_tokens=answer))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), group * samples))
     new = (integers(group * samples), entries, logits, integers(group * samples), keys)
     _, pool = _program('', '', 0, functools.partial(admit.lower, pool, *new))

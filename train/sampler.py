@@ -104,8 +104,7 @@ class _Sampler:
         self._model, self._variables, self._tokenizer = model, variables, tokenizer
         self._samples, self._max_tokens, self._rows = samples, max_tokens, rows
         self._divisor, self._greedy = np.float32(temperature or 1.0), np.bool_(not temperature)
-        config = model.config
-        self._experts = (config.num_moe_layers, config.num_experts_per_tok) if experts and config.is_moe else None
+        self._experts = experts and model.config.is_moe
         self._pool: Pool | None = None
         self._read: dict[int, np.ndarray] = {}  # the experts of each prompt's tokens
         self._step = 0
@@ -127,10 +126,10 @@ class _Sampler:
             lengths,
             self._divisor,
             samples=self._samples,
-            experts=self._experts is not None,
+            experts=self._experts,
         )
         if self._pool is None:
-            self._pool = empty_pool(entries, logits, self._rows, self._max_tokens, self._experts)
+            self._pool = empty_pool(self._model, entries, self._rows, self._max_tokens, self._experts)
         if ids is not None:
             self._read |= {i: x[:n] for i, x, n in zip(numbers, fetch(ids), lengths, strict=True)}
         free = [row for row in range(self._rows) if row not in self.answers][: len(prompts) * self._samples]
