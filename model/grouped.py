@@ -15,7 +15,8 @@ from jax import lax
 
 from model.backend import platform
 
-MULTIPLIED, ADDED = 512, 128  # rows that the loops on CPU take at a time, where an expert has so many
+TOGETHER = 4  # blocks that the loops on CPU take at a time, where an expert has so many
+ADDED = 128  # rows whose products are summed by one matrix product, at most, before they join an expert's gradient
 
 
 def plan_blocks(ids: jax.Array, experts: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -158,11 +159,10 @@ def _expert_by_expert(
 
 
 def _in_pieces(
-    first: jax.Array, end: jax.Array, block: int, rows: int, body: Callable[[jax.Array, int, Any], Any], out: Any
+    first: jax.Array, end: jax.Array, block: int, together: int, body: Callable[[jax.Array, int, Any], Any], out: Any
 ) -> Any:
-    """`out` after body(first row, how many, out) for pieces of `rows` rows, then for single blocks that are left over:
-    a few large products keep the cores busier than many small ones."""
-    together = rows // block
+    """`out` after body(first row, how many, out) for pieces of several blocks, then for the single ones left over: few
+    large products keep the cores busier than many small ones."""
     if together > 1:
         large = (end - first) // together
         out = lax.fori_loop(0, large, lambda i, out: body((first + i * together) * block, together * block, out), out)
@@ -182,7 +182,7 @@ def _multiply_blocks(rows: jax.Array, weights: jax.Array, owner: jax.Array, bloc
             y = lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())))
             return lax.dynamic_update_slice_in_dim(out, y, start, 0)
 
-        return _in_pieces(first, end, block, min(MULTIPLIED, rows.shape[0]), multiply_some, out)
+        return _in_pieces(first, end, block, min(TOGETHER, len(owner)), multiply_some, out)
 
     out = jnp.zeros((rows.shape[0], width), rows.dtype)
     return _expert_by_expert(owner, blocks, weights.shape[0], multiply_own, out)
@@ -200,7 +200,7 @@ def _accumulate_blocks(
             return own + jnp.einsum('bd,bf->df', x, g, preferred_element_type=jnp.float32)
 
         own = lax.dynamic_index_in_dim(total, expert, keepdims=False)
-        own = _in_pieces(first, end, block, min(ADDED, rows.shape[0]), add_some, own)
+        own = _in_pieces(first, end, block, min(ADDED // block, TOGETHER, len(owner)), add_some, own)
         return lax.dynamic_update_index_in_dim(total, own, expert, 0)
 
     return _expert_by_expert(owner, blocks, total.shape[0], add_own, total)

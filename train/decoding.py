@@ -152,10 +152,11 @@ def decode(
     width = jax.tree.leaves(pool['cache'])[0].shape[2] - longest
     variables = model.in_parts(variables)
 
-    def choose(logits: jax.Array, keys: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token, logprob = draw(logits, jax.vmap(jax.random.fold_in)(keys, counts))
-        likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jnp.where(greedy, likeliest, token), jnp.where(greedy, 0.0, logprob)
+    def likeliest(logits: jax.Array, *_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0], jnp.float32)
+
+    def drawn(logits: jax.Array, keys: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return draw(logits, jax.vmap(jax.random.fold_in)(keys, counts))
 
     def step(pool: Pool) -> Pool:
         place, was_done, counts = pool['step'] % longest, pool['done'], pool['counts']
@@ -165,7 +166,7 @@ def decode(
             new = jnp.where(was_done.reshape(-1, *(1 for _ in new.shape[1:])), old, new)
             return lax.dynamic_update_index_in_dim(pool[name], new, place, axis=1)
 
-        token, logprob = choose(pool['logits'], pool['keys'], counts)
+        token, logprob = lax.cond(greedy, likeliest, drawn, pool['logits'], pool['keys'], counts)
         token = jnp.where(was_done, stop, token)
         # How many steps ago each place of the ring was written.
         age = (place - 1 - jnp.arange(longest)) % longest
