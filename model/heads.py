@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.sharding import per_device, splits
+from model.sharding import gathered, per_device, splits
 
 Statistics = dict[str, jax.Array]
+
+
+class Split(NamedTuple):
+    """How a device scores its tokens.
+
+    Attributes:
+        chunk: tokens whose logits exist at one time.
+        vocabulary: the mesh axis that splits the rows of the head, () where all of them are here.
+        storage: the mesh axes over which its columns are stored in parts.
+    """
+
+    chunk: int
+    vocabulary: tuple[str, ...]
+    storage: tuple[str, ...]
+
+
+HEAD = ('vocab', 'embed')  # logical axes of a head as it is stored
 
 
 def score(
@@ -21,8 +39,8 @@ def score(
     """Scores target tokens under softmax(hidden . head / temperature), `chunk` tokens of logits a device at a time.
 
     The backward pass computes a chunk's logits again, so that those of one chunk are all that ever exist. Each device
-    takes its own tokens, and its part of the vocabulary where that is split; the head's gradient is summed over chunks
-    and devices in the dtype of the head.
+    takes its own tokens, and its part of the vocabulary where that is split; the head is gathered in the dtype of
+    `hidden`, and its gradient summed over chunks and devices in its own.
 
     Args:
         hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T]; chunk: tokens.
@@ -31,65 +49,68 @@ def score(
         float32 [B, T] each: log-probability of the target, entropy in nats, log partition function. Entropy and
         temperature carry no gradient.
     """
-    own = functools.partial(_score_chunks, chunk=chunk, vocabulary=splits('vocab', head.shape[0]))
-    axes = (('batch', 'length', None), ('vocab', None), ('batch', 'length'), ())
+    split = Split(chunk, splits('vocab', head.shape[0]), splits('embed', head.shape[1]))
+    own = functools.partial(_score, split=split)
+    axes = (('batch', 'length', None), HEAD, ('batch', 'length'), ())
     return per_device(own, axes, (2, 2, 2))(hidden, head, targets, jnp.asarray(temperature, jnp.float32))
-
-
-def _score_chunks(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    chunk: int,
-    vocabulary: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`score` of one device's tokens; a chunk is a span of columns."""
-    batch, length, width = hidden.shape
-    span = max(1, min(length, chunk // batch))
-    while length % span:
-        span -= 1
-    if span == length:
-        return _score(hidden, head, targets, temperature, vocabulary)
-
-    def step(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
-        return None, _score(x[0], head, x[1], temperature, vocabulary)
-
-    columns = hidden.reshape(batch, length // span, span, width).swapaxes(0, 1)
-    _, out = lax.scan(step, None, (columns, targets.reshape(batch, length // span, span).swapaxes(0, 1)))
-    logprob, entropy, partition = (x.swapaxes(0, 1).reshape(batch, length) for x in out)
-    return logprob, entropy, partition
-
-
-def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    head = head.astype(hidden.dtype)
-    return jnp.einsum('btd,vd->btv', hidden, head, preferred_element_type=jnp.float32) / temperature
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _score(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array | float,
-    vocabulary: tuple[str, ...],
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, split: Split
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`vocabulary`: the mesh axis that splits the rows of the head, () where all of them are here."""
+    """`score` of one device's tokens, with its part of the head."""
+    whole = _whole(head, hidden.dtype, split)
+
+    def one(_: None, x: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, ...]]:
+        return None, _score_chunk(x[0], whole, x[1], temperature, split)
+
+    return _over_chunks(one, None, (hidden, targets), split.chunk)[1]
+
+
+def _over_chunks(
+    function: Callable[[Any, Any], tuple[Any, Any]], start: Any, arrays: Any, chunk: int, reverse: bool = False
+) -> tuple[Any, Any]:
+    """`lax.scan` over chunks of tokens, which are spans of columns, of arrays [B, T, ...]; alike arrays come out."""
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    span = max(1, min(length, chunk // batch))
+    while length % span:
+        span -= 1
+    if span == length:
+        return function(start, arrays)
+    parts = jax.tree.map(lambda x: x.reshape(batch, -1, span, *x.shape[2:]).swapaxes(0, 1), arrays)
+    end, out = lax.scan(function, start, parts, reverse=reverse)
+    return end, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:]), out)
+
+
+def _whole(head: jax.Array, dtype: Any, split: Split) -> jax.Array:
+    """All columns of a head, in the dtype it is used in."""
+    head = head.astype(dtype)
+    return lax.all_gather(head, split.storage, axis=1, tiled=True) if split.storage else head
+
+
+def _logits(hidden: jax.Array, head: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    return jnp.einsum('btd,vd->btv', hidden, head, preferred_element_type=jnp.float32) / temperature
+
+
+def _score_chunk(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, split: Split
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     logits = _logits(hidden, head, temperature)
     largest = logits.max(-1, keepdims=True)
-    if vocabulary:
-        largest = lax.pmax(largest, vocabulary)
+    if split.vocabulary:
+        largest = lax.pmax(largest, split.vocabulary)
     shifted = logits - largest
     weights = jnp.exp(shifted)
-    total = _summed(weights.sum(-1), vocabulary)
+    total = _summed(weights.sum(-1), split.vocabulary)
     logsum = jnp.log(total)
-    if vocabulary:
-        targets = targets - lax.axis_index(vocabulary) * head.shape[0]
+    if split.vocabulary:
+        targets = targets - lax.axis_index(split.vocabulary) * head.shape[0]
     here = (targets >= 0) & (targets < head.shape[0])
     picked = jnp.take_along_axis(shifted, jnp.where(here, targets, 0)[..., None], axis=-1)[..., 0]
-    picked = _summed(jnp.where(here, picked, 0.0), vocabulary)
+    picked = _summed(jnp.where(here, picked, 0.0), split.vocabulary)
     # Entropy: -sum p log p with log p = shifted - logsum.
-    entropy = logsum - _summed(jnp.sum(weights * shifted, axis=-1), vocabulary) / total
+    entropy = logsum - _summed(jnp.sum(weights * shifted, axis=-1), split.vocabulary) / total
     return picked - logsum, entropy, logsum + largest[..., 0]
 
 
@@ -97,29 +118,37 @@ def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.psum(x, axes) if axes else x
 
 
-def _score_forward(
-    hidden: Any, head: Any, targets: Any, temperature: Any, vocabulary: tuple[str, ...]
-) -> tuple[Any, tuple[Any, ...]]:
-    out = _score(hidden, head, targets, temperature, vocabulary)
+def _score_forward(hidden: Any, head: Any, targets: Any, temperature: Any, split: Split) -> tuple[Any, tuple[Any, ...]]:
+    out = _score(hidden, head, targets, temperature, split)
     return out, (hidden, head, targets, temperature, out[2])
 
 
 def _score_backward(
-    vocabulary: tuple[str, ...], saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
+    split: Split, saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
     """Logits again, and one pass over them: probability * (d partition - d logprob), plus d logprob at the target."""
     hidden, head, targets, temperature, partition = saved
+    whole = _whole(head, hidden.dtype, split)
+    first = lax.axis_index(split.vocabulary) * head.shape[0] if split.vocabulary else 0
     # The results are the same on all devices that split the vocabulary: each has a share of their gradient.
-    d_logprob, _, d_partition = (_summed(x, vocabulary)[..., None] for x in gradients)
-    probability = jnp.exp(_logits(hidden, head, temperature) - partition[..., None])
-    first = lax.axis_index(vocabulary) * head.shape[0] if vocabulary else 0
-    at_target = (jnp.arange(head.shape[0]) + first)[None, None] == targets[..., None]
-    d_logits = (probability * (d_partition - d_logprob) + jnp.where(at_target, d_logprob, 0.0)) / temperature
-    d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum('btv,vd->btd', d_logits, head.astype(hidden.dtype))
-    # As the transpose of what is wanted: it is the small factor that XLA:CPU then has to transpose.
-    d_head = jnp.einsum('btd,btv->dv', hidden, d_logits, preferred_element_type=jnp.float32).T.astype(head.dtype)
-    return d_hidden, d_head, None, jnp.zeros_like(temperature)
+    d_logprob, _, d_partition = (_summed(x, split.vocabulary)[..., None] for x in gradients)
+
+    def one(total: jax.Array | float, x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets, partition, d_logprob, d_partition = x
+        probability = jnp.exp(_logits(hidden, whole, temperature) - partition[..., None])
+        at_target = (jnp.arange(head.shape[0]) + first)[None, None] == targets[..., None]
+        d_logits = (probability * (d_partition - d_logprob) + jnp.where(at_target, d_logprob, 0.0)) / temperature
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum('btv,vd->btd', d_logits, whole)
+        # As the transpose of what is wanted: it is the small factor that XLA:CPU then has to transpose.
+        return total + jnp.einsum('btd,btv->dv', hidden, d_logits, preferred_element_type=jnp.float32).T, d_hidden
+
+    zero = jnp.zeros(whole.shape, jnp.float32)
+    arrays = (hidden, targets, partition, d_logprob, d_partition)
+    d_head, d_hidden = _over_chunks(one, zero, arrays, split.chunk, reverse=True)
+    if split.storage:
+        d_head = lax.psum_scatter(d_head, split.storage, scatter_dimension=1, tiled=True)
+    return d_hidden, d_head.astype(head.dtype), None, jnp.zeros_like(temperature)
 
 
 _score.defvjp(_score_forward, _score_backward)
@@ -140,7 +169,7 @@ class Output:
         hidden: normed last states [B, T, D].
         multi_token: normed states of the multi-token modules, [B, T, D] each; those of module k (from 1) at token t
             predict token t + k + 1.
-        head: [V, D], the language head (the embedding, where tied), in the dtype its gradient is summed in.
+        head: [V, D], the language head (the embedding, where tied), as it is stored.
         tokens, segments: int32 [B, T], what was read.
         temperature: float32 scalar that divides the logits.
         statistics: of the expert layers, stacked [layers, ...] (see `experts.MixtureOfExperts`); empty if dense.
@@ -161,7 +190,7 @@ class Output:
     @property
     def logits(self) -> jax.Array:
         """float32 [B, T, V]; at token t they predict token t + 1. For sampling and inspection, not for losses."""
-        return _logits(self.hidden, self.head, self.temperature)
+        return _logits(self.hidden, gathered(self.head, HEAD).astype(self.hidden.dtype), self.temperature)
 
     @property
     def expert_ids(self) -> jax.Array:

@@ -15,9 +15,9 @@ from model.attention import Entries, GroupedQueryAttention, LatentAttention
 from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import MixtureOfExperts, Statistics, updated_bias
-from model.heads import Output
+from model.heads import HEAD, Output
 from model.layers import Declared, FeedForward, Module
-from model.sharding import constrain, named_sharding
+from model.sharding import constrain, gathered, named_sharding
 
 Variables = dict[str, Any]  # {'params': trained weights, 'balance': router biases}: plain dictionaries of arrays
 
@@ -87,14 +87,13 @@ class Transformer(Module):
         multi_token: bool,
     ) -> Output:
         c = self.config
-        embedding = self.weight(
-            'embed_tokens', (c.vocab_size, c.hidden_size), ('vocab', 'embed'), inputs=0, role='embedding'
-        )
+        shape = (c.vocab_size, c.hidden_size)
+        embedding = self.weight('embed_tokens', shape, HEAD, inputs=0, role='embedding', gather=False)
         # Looked up in float32 and cast after: the other order makes the gradient a scatter-add in the compute dtype.
-        embedded = constrain(embedding[tokens].astype(c.dtype), 'batch', 'length', None)
+        embedded = constrain(gathered(embedding, HEAD)[tokens].astype(c.dtype), 'batch', 'length', None)
         head = embedding
         if not c.tie_word_embeddings:
-            head = self.weight('lm_head', (c.vocab_size, c.hidden_size), ('vocab', 'embed'), inputs=0, role='embedding')
+            head = self.weight('lm_head', shape, HEAD, inputs=0, role='embedding', gather=False)
 
         if cache is None:
             x, entries, statistics = self.whole(embedded, positions, segments)
