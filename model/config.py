@@ -60,6 +60,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    value_head: bool = False  # one more number a token, for reward models and critics
     # How it is computed.
     dtype: str = 'float32'  # of activations and of weights as they are used; parameters are kept in float32
     # In which the gradients of experts and of `kv_b_proj` cross the network; those of embedding, head and router do in

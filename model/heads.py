@@ -31,6 +31,7 @@ class Split(NamedTuple):
 
 
 HEAD = ('vocab', 'embed')  # logical axes of a head as it is stored
+TOKEN = ('batch', 'length', None)  # and of arrays over tokens
 
 
 def score(
@@ -43,16 +44,45 @@ def score(
     `hidden`, and its gradient summed over chunks and devices in its own.
 
     Args:
-        hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T]; chunk: tokens.
+        hidden: [B, T, D]; head: [V, D]; targets: int32 [B, T, K]; chunk: tokens.
 
     Returns:
-        float32 [B, T] each: log-probability of the target, entropy in nats, log partition function. Entropy and
-        temperature carry no gradient.
+        float32 [B, T, K] log-probabilities of the targets; [B, T, 1] each, entropy in nats and log partition function.
+        Entropy and temperature carry no gradient.
     """
-    split = Split(chunk, splits('vocab', head.shape[0]), splits('embed', head.shape[1]))
-    own = functools.partial(_score, split=split)
-    axes = (('batch', 'length', None), HEAD, ('batch', 'length'), ())
-    return per_device(own, axes, (2, 2, 2))(hidden, head, targets, jnp.asarray(temperature, jnp.float32))
+    own = functools.partial(_score, split=_split(head, chunk))
+    return per_device(own, (TOKEN, HEAD, TOKEN, ()), (2, 2, 2))(hidden, head, targets, jnp.float32(temperature))
+
+
+def most_probable(
+    hidden: jax.Array, head: jax.Array, temperature: jax.Array | float, chunk: int, k: int
+) -> tuple[jax.Array, jax.Array]:
+    """The k tokens to which softmax(hidden . head / temperature) gives most, best first, chunked as in `score`.
+
+    Returns:
+        int32 [B, T, k] and their log-probabilities, float32 [B, T, k], without gradient.
+    """
+    split = _split(head, chunk)
+
+    def own(hidden: jax.Array, head: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = _whole(head, hidden.dtype, split)
+
+        def one(_: None, x: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
+            best, ids = lax.top_k(_logits(x, whole, temperature), min(k, head.shape[0]))
+            if split.vocabulary:  # the best of each device's best
+                ids = ids + lax.axis_index(split.vocabulary) * head.shape[0]
+                best, ids = (lax.all_gather(y, split.vocabulary, axis=2, tiled=True) for y in (best, ids))
+                ids = jnp.take_along_axis(ids, lax.top_k(best, k)[1], axis=-1)
+            return None, (ids, _score_chunk(x, whole, ids, temperature, split)[0])
+
+        return _over_chunks(one, None, hidden, split.chunk)[1]
+
+    given = lax.stop_gradient((hidden, head, jnp.float32(temperature)))
+    return per_device(own, (TOKEN, HEAD, ()), (0, 0))(*given)
+
+
+def _split(head: jax.Array, chunk: int) -> Split:
+    return Split(chunk, splits('vocab', head.shape[0]), splits('embed', head.shape[1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -102,16 +132,16 @@ def _score_chunk(
         largest = lax.pmax(largest, split.vocabulary)
     shifted = logits - largest
     weights = jnp.exp(shifted)
-    total = _summed(weights.sum(-1), split.vocabulary)
+    total = _summed(weights.sum(-1, keepdims=True), split.vocabulary)
     logsum = jnp.log(total)
     if split.vocabulary:
         targets = targets - lax.axis_index(split.vocabulary) * head.shape[0]
     here = (targets >= 0) & (targets < head.shape[0])
-    picked = jnp.take_along_axis(shifted, jnp.where(here, targets, 0)[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(shifted, jnp.where(here, targets, 0), axis=-1)
     picked = _summed(jnp.where(here, picked, 0.0), split.vocabulary)
     # Entropy: -sum p log p with log p = shifted - logsum.
-    entropy = logsum - _summed(jnp.sum(weights * shifted, axis=-1), split.vocabulary) / total
-    return picked - logsum, entropy, logsum + largest[..., 0]
+    entropy = logsum - _summed(jnp.sum(weights * shifted, axis=-1, keepdims=True), split.vocabulary) / total
+    return picked - logsum, entropy, logsum + largest
 
 
 def _summed(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -126,18 +156,19 @@ def _score_forward(hidden: Any, head: Any, targets: Any, temperature: Any, split
 def _score_backward(
     split: Split, saved: tuple[Any, ...], gradients: tuple[jax.Array, jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
-    """Logits again, and one pass over them: probability * (d partition - d logprob), plus d logprob at the target."""
+    """Logits again, and one pass over them: probability * (d partition - d logprob), plus d logprob at the targets."""
     hidden, head, targets, temperature, partition = saved
     whole = _whole(head, hidden.dtype, split)
     first = lax.axis_index(split.vocabulary) * head.shape[0] if split.vocabulary else 0
     # The results are the same on all devices that split the vocabulary: each has a share of their gradient.
-    d_logprob, _, d_partition = (_summed(x, split.vocabulary)[..., None] for x in gradients)
+    d_logprob, _, d_partition = (_summed(x, split.vocabulary) for x in gradients)
 
     def one(total: jax.Array | float, x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, partition, d_logprob, d_partition = x
-        probability = jnp.exp(_logits(hidden, whole, temperature) - partition[..., None])
-        at_target = (jnp.arange(head.shape[0]) + first)[None, None] == targets[..., None]
-        d_logits = (probability * (d_partition - d_logprob) + jnp.where(at_target, d_logprob, 0.0)) / temperature
+        probability = jnp.exp(_logits(hidden, whole, temperature) - partition)
+        at_target = (jnp.arange(head.shape[0]) + first)[None, None, None] == targets[..., None]
+        d_targets = jnp.where(at_target, d_logprob[..., None], 0.0).sum(2)
+        d_logits = (probability * (d_partition - d_logprob.sum(-1, keepdims=True)) + d_targets) / temperature
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum('btv,vd->btd', d_logits, whole)
         # As the transpose of what is wanted: it is the small factor that XLA:CPU then has to transpose.
@@ -174,6 +205,7 @@ class Output:
         temperature: float32 scalar that divides the logits.
         statistics: of the expert layers, stacked [layers, ...] (see `experts.MixtureOfExperts`); empty if dense.
         entries: what the tokens add to the cache, stacked [layers, B, T, ...].
+        value_head: float32 [D], None where the model has none.
         chunk: tokens whose logits exist at one time.
     """
 
@@ -185,6 +217,7 @@ class Output:
     temperature: jax.Array
     statistics: Statistics
     entries: dict[str, jax.Array]
+    value_head: jax.Array | None
     chunk: int = dataclasses.field(metadata={'static': True})
 
     @property
@@ -197,11 +230,26 @@ class Output:
         """int32 [B, T, layers, k]: the experts each token chose, in the layers that have experts."""
         return jnp.moveaxis(self.statistics['expert_ids'], 0, 2)
 
-    def _predictions(self, hidden: jax.Array, distance: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        targets = jnp.roll(self.tokens, -distance, axis=1)
+    @property
+    def value(self) -> jax.Array:
+        """float32 [B, T]: the value head's number for the tokens up to token t, itself included.
+
+        Raises:
+            ValueError: the model has no value head.
+        """
+        if self.value_head is None:
+            raise ValueError('model.value_head is False: expected True, for what reads values')
+        return jnp.einsum('btd,d->bt', self.hidden.astype(jnp.float32), self.value_head)
+
+    def _aligned(self, x: jax.Array, distance: int) -> jax.Array:
+        """What [B, T, ...] said of the token `distance` places on, at that token; 0 where it began a segment."""
         same = same_segment(self.segments, distance)
+        return jnp.where(same.reshape(*same.shape, *(1 for _ in x.shape[2:])), jnp.roll(x, distance, axis=1), 0)
+
+    def _predictions(self, hidden: jax.Array, distance: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        targets = jnp.roll(self.tokens, -distance, axis=1)[..., None]
         scores = score(hidden, self.head, targets, self.temperature, self.chunk)
-        logprob, entropy, partition = (jnp.where(same, jnp.roll(x, distance, axis=1), 0.0) for x in scores)
+        logprob, entropy, partition = (self._aligned(x[..., 0], distance) for x in scores)
         return logprob, entropy, partition
 
     @functools.cached_property
@@ -227,3 +275,14 @@ class Output:
     def multi_token_logprob(self) -> tuple[jax.Array, ...]:
         """For each multi-token module k: float32 [B, T], log-probability of token t predicted from t - k - 1."""
         return tuple(self._predictions(h, k + 2)[0] for k, h in enumerate(self.multi_token))
+
+    def logprob_of(self, ids: jax.Array) -> jax.Array:
+        """float32 [B, T, K]: log-probabilities of tokens int32 [B, T, K] in the place of token t, as `logprob`."""
+        targets = jnp.roll(ids, -1, axis=1)
+        return self._aligned(score(self.hidden, self.head, targets, self.temperature, self.chunk)[0], 1)
+
+    def top(self, k: int) -> tuple[jax.Array, jax.Array]:
+        """The k most probable tokens in the place of token t, best first, and their log-probabilities: int32 and
+        float32 [B, T, k]; 0 at the first token of a segment. They carry no gradient."""
+        ids, logprobs = most_probable(self.hidden, self.head, self.temperature, self.chunk, k)
+        return self._aligned(ids, 1), self._aligned(logprobs, 1)

@@ -100,6 +100,9 @@ class Transformer(Module):
         else:
             x, entries, statistics = self.in_parts(embedded, cache, positions, segments, valid)
         hidden = self.norm('norm', x)
+        value = None
+        if c.value_head:
+            value = self.weight('value_head', (c.hidden_size,), (None,), inputs=0, init='zeros', role='vector')
 
         ahead: list[jax.Array] = []
         stream = hidden
@@ -112,7 +115,8 @@ class Transformer(Module):
                 statistics = {
                     key: jnp.concatenate([statistics[key], x]) if statistics else x for key, x in layer.items()
                 }
-        return Output(hidden, tuple(ahead), head, tokens, segments, temperature, statistics, entries, c.head_chunk)
+        modules = tuple(ahead)
+        return Output(hidden, modules, head, tokens, segments, temperature, statistics, entries, value, c.head_chunk)
 
     def whole(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, Entries, Statistics]:
         """All layers over tokens with none before them."""

@@ -116,6 +116,34 @@ def test_logprobs_stand_at_the_token_they_are_of():
     assert firsts > 6
 
 
+def test_other_tokens_are_scored_in_the_place_of_the_one_that_is_there():
+    config = dataclasses.replace(DENSE, value_head=True, head_chunk=12)
+    variables = {**variables_of(DENSE), 'params': {**variables_of(DENSE)['params']}}
+    variables['params']['value_head'] = head = np.linspace(-1, 1, config.hidden_size).astype(np.float32)
+    batch = packed(rows=3)
+    ids = np.random.default_rng(1).integers(config.vocab_size, size=(3, 12, 4)).astype(np.int32)
+    ids[..., 0] = batch['tokens']
+
+    @jax.jit
+    def run(variables, batch):
+        out = Model(config).apply(variables, **batch, temperature=1.3)
+        return out.logits, out.logprob, out.logprob_of(ids), out.top(5), out.value, out.hidden
+
+    logits, logprob, of, (top, top_logprob), value, hidden = map(jax.device_get, run(variables, batch))
+    logprobs = np.roll(reference.log_softmax(np.float64(logits)), 1, axis=1)  # at the token they are of
+    logprobs *= np.asarray(same_segment(batch['segments'], 1))[..., None]
+    np.testing.assert_allclose(of, np.take_along_axis(logprobs, ids, -1), atol=1e-5)
+    np.testing.assert_allclose(of[..., 0], logprob, atol=1e-6)
+    expected = np.argsort(-logprobs, kind='stable')[..., :5]
+    np.testing.assert_array_equal(top, np.where(logprobs.any(-1, keepdims=True), expected, 0))
+    np.testing.assert_allclose(top_logprob, np.take_along_axis(logprobs, expected, -1), atol=1e-5)
+    np.testing.assert_allclose(value, np.float64(hidden) @ head, atol=1e-5)
+    # The head begins with zeros, and a model without one says so.
+    assert Model(config).declared['params']['value_head'].init == 'zeros'
+    with pytest.raises(ValueError, match=r'model.value_head is False: expected True'):
+        jax.eval_shape(lambda: Model(DENSE).apply(variables_of(DENSE), **batch).value)
+
+
 def test_multi_token_modules_speak_from_their_place_in_a_segment_on():
     batch = packed(rows=3)
     said = evaluate(FULL, variables_of(FULL), batch)
@@ -214,8 +242,8 @@ def test_chunked_head_is_the_whole_head(chunk):
     """Rows of 12 in chunks of 1, 3, 6 (7 does not divide 12) and 6 (of 10) columns."""
     rng = np.random.default_rng(0)
     hidden, head = rng.normal(size=(2, 12, 4)).astype(np.float32), rng.normal(size=(11, 4)).astype(np.float32)
-    targets = rng.integers(11, size=(2, 12)).astype(np.int32)
-    weights = rng.normal(size=(3, 2, 12)).astype(np.float32)
+    targets = rng.integers(11, size=(2, 12, 3)).astype(np.int32)
+    weights = [rng.normal(size=(2, 12, size)).astype(np.float32) for size in (3, 1, 1)]
 
     def both(chunk):
         def total(hidden, head):
@@ -229,14 +257,24 @@ def test_chunked_head_is_the_whole_head(chunk):
     assert_trees_close((value, out, gradients), (expected_value, expected, expected_gradients))
     logits = np.float64(hidden) @ np.float64(head).T / 0.7
     logprobs = reference.log_softmax(logits)
-    np.testing.assert_allclose(out[0], np.take_along_axis(logprobs, targets[..., None], -1)[..., 0], atol=1e-5)
-    np.testing.assert_allclose(out[1], -(np.exp(logprobs) * logprobs).sum(-1), atol=1e-5)
-    np.testing.assert_allclose(out[2], np.log(np.exp(logits).sum(-1)), atol=1e-5)
+    np.testing.assert_allclose(out[0], np.take_along_axis(logprobs, targets, -1), atol=1e-5)
+    np.testing.assert_allclose(out[1], -(np.exp(logprobs) * logprobs).sum(-1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(out[2], np.log(np.exp(logits).sum(-1, keepdims=True)), atol=1e-5)
+
+    def reference_total(step):  # along a direction, in float64
+        moved = logits + step * (np.float64(hidden) @ np.float64(direction).T / 0.7)
+        partition = np.log(np.exp(moved).sum(-1, keepdims=True))
+        picked = np.take_along_axis(moved, targets, -1)
+        return np.sum(weights[0] * (picked - partition)) + np.sum(weights[2] * partition)
+
+    direction = rng.normal(size=head.shape)
+    slope = (reference_total(1e-6) - reference_total(-1e-6)) / 2e-6
+    np.testing.assert_allclose(np.sum(gradients[1] * direction), slope, rtol=1e-4)
 
 
 def test_entropy_carries_no_gradient():
     hidden, head = jnp.ones((1, 2, 3)), jnp.linspace(-1, 1, 12).reshape(4, 3)
-    gradient = jax.grad(lambda h: score(h, head, jnp.zeros((1, 2), jnp.int32), 1.0, 100)[1].sum())(hidden)
+    gradient = jax.grad(lambda h: score(h, head, jnp.zeros((1, 2, 1), jnp.int32), 1.0, 100)[1].sum())(hidden)
     np.testing.assert_array_equal(gradient, 0 * hidden)
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from small import placed
 
 from model.config import ModelConfig
-from model.sharding import make_mesh, partition_spec
+from model.sharding import make_mesh, named_sharding
 from model.transformer import Model
 from tests.tiny import EVERYTHING, assert_trees_close, packed, randomized, tiny
 from train.objectives import Objective, clipped_policy_gradient, joined, next_token, regularizers, total_loss
@@ -23,8 +23,8 @@ from train.step import initial_state, make_step
 REGULARIZERS = {'multi_token': 0.3, 'z_loss': 0.01, 'sequence_balance': 0.1, 'batch_balance': 0.1}
 SURROGATE = {'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.1}
 # Rounds of dispatch hold less than a fair share, so that there are several.
-LATENT = tiny(**{**EVERYTHING, 'num_nextn_predict_layers': 1}, num_hidden_layers=2, round_capacity=0.3)
-GROUPED = tiny(attention='gqa', num_hidden_layers=1, first_k_dense_replace=0, scoring_func='softmax')
+LATENT = tiny(**{**EVERYTHING, 'num_nextn_predict_layers': 1}, num_hidden_layers=2, round_capacity=0.3, value_head=True)
+GROUPED = tiny(attention='gqa', num_hidden_layers=1, first_k_dense_replace=0, scoring_func='softmax', value_head=True)
 
 
 def preferences() -> Objective:
@@ -42,9 +42,23 @@ def preferences() -> Objective:
     return Objective(lambda batch: {'preference': pairs(batch['segments']).sum()}, terms, {'preference': 1.0})
 
 
+def distillation() -> Objective:
+    """All that an output says of other tokens than those that are there, and the values."""
+
+    def terms(output: Any, batch: Any) -> Any:
+        weight = batch['loss_weight']
+        ids, logprobs = output.top(3)
+        told = (0.1 * logprobs + 0.01 * ids).sum(-1) + jnp.square(output.value)
+        given = jnp.sum(batch['teacher_logprob'] * output.logprob_of(batch['teacher_ids']), axis=-1)
+        return {'distillation': jnp.sum(weight * (told + given))}, {}
+
+    return Objective(lambda batch: {'distillation': batch['loss_weight'].sum()}, terms, {'distillation': 1.0})
+
+
 OBJECTIVES = {
     'pretrain': joined(next_token(), regularizers(REGULARIZERS, depths=1, is_moe=True)),
     'pairs': preferences(),
+    'distillation': distillation(),
     'grpo': clipped_policy_gradient(SURROGATE),
 }
 
@@ -59,6 +73,8 @@ def batch() -> dict[str, np.ndarray]:
     made['advantage'] = rng.normal(size=shape).astype(np.float32)
     for name in ('behavior_logprob', 'reference_logprob'):
         made[name] = rng.uniform(-5, -3, size=shape).astype(np.float32)
+    made['teacher_ids'] = rng.integers(LATENT.vocab_size, size=(*shape, 3)).astype(np.int32)
+    made['teacher_logprob'] = rng.normal(size=(*shape, 3)).astype(np.float32)
     return made
 
 
@@ -86,7 +102,7 @@ def run(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         lambda x, to: jax.device_put(x, to.sharding), randomized(model.declared, deviation=0.3), shapes
     )
     sharded = {
-        name: jax.device_put(x, jax.NamedSharding(mesh, partition_spec(x.shape, ('batch', 'length'), dict(mesh.shape))))
+        name: jax.device_put(x, named_sharding(mesh, x.shape, ('batch', 'length', None)[: x.ndim]))
         for name, x in batch().items()
     }
     with jax.set_mesh(mesh):
@@ -94,7 +110,7 @@ def run(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         program = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
         return {
             name: jax.device_get(program(variables['params'], variables['balance'], sharded, share))
-            for name, share in zip(OBJECTIVES, np.eye(3, dtype=np.float32), strict=True)
+            for name, share in zip(OBJECTIVES, np.eye(len(OBJECTIVES), dtype=np.float32), strict=True)
         }
 
 
@@ -135,7 +151,7 @@ def test_many_devices_are_as_one(sizes: dict[str, int]) -> None:
 @pytest.mark.slow
 def test_many_devices_are_as_one_with_grouped_queries() -> None:
     found, expected = run(GROUPED, devices(fsdp=2, tensor=2, context=2)), alone(GROUPED)
-    for name in ('pairs', 'grpo'):
+    for name in ('pairs', 'distillation', 'grpo'):
         np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-5, err_msg=name)
         assert_trees_close(found[name][1], expected[name][1], tolerance=1e-5)
 
