@@ -66,15 +66,14 @@ def find_files(path: str, kind: str) -> list[str]:
     return names
 
 
-class JsonLinesSource:
+class JsonLines:
     """JSON Lines: one object a line. All lines are parsed on opening, to index and to check them; then read by offset.
 
     Lines end at \\n alone (JSON strings may hold other line ends), and blank ones are passed over. Files ending in .gz
     are kept in memory, unpacked: compressed bytes have no offsets.
     """
 
-    def __init__(self, path: str, field: str = ''):
-        self._field = field
+    def __init__(self, path: str):
         self._records: list[tuple[int, int, int, int]] = []  # file, line, offset and size in bytes
         self._names = find_files(path, 'jsonl')
         self._contents: list[bytes | int] = []  # unpacked bytes or a file descriptor
@@ -101,6 +100,11 @@ class JsonLinesSource:
         data = os.pread(content, size, offset) if isinstance(content, int) else content[offset : offset + size]
         return self._parse(data, number, line)
 
+    def where(self, index: int) -> str:
+        """The file and line of a record."""
+        number, line, _, _ = self._records[index]
+        return f'{self._names[number]}:{line}'
+
     def __del__(self) -> None:
         for content in getattr(self, '_contents', ()):
             if isinstance(content, int):
@@ -120,6 +124,22 @@ class JsonLinesSource:
             value = json.loads(data)
         except ValueError as error:  # broken JSON or broken UTF-8
             raise InputError(f'{where}: expected a JSON object on one line: {error}') from error
+        return self._check(value, where)
+
+    def _check(self, value: Any, where: str) -> Record:
+        if not isinstance(value, dict):
+            raise InputError(f'{where}: expected an object, got {type(value).__name__}')
+        return value
+
+
+class JsonLinesSource(JsonLines):
+    """JSON Lines of records to train on."""
+
+    def __init__(self, path: str, field: str = ''):
+        self._field = field
+        super().__init__(path)
+
+    def _check(self, value: Any, where: str) -> Record:
         return check_record(value, self._field, where)
 
 

@@ -60,11 +60,8 @@ class Task(Protocol):
 
 
 @dataclass(kw_only=True)
-class ProceduralTask:
-    """A task that draws its problems from a seed. Subclasses are dataclasses, their fields are the options.
-
-    `prompt(index)` is a pure function of (task, options, split, index), the same in every process.
-    """
+class SplitTask:
+    """What every task shares: a split by the hash of the problem, and checks of its options, which are its fields."""
 
     name: ClassVar[str]
     split: str = 'train'
@@ -72,6 +69,39 @@ class ProceduralTask:
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise InputError(f'task {self.name!r}: unknown split {self.split!r}{did_you_mean(self.split, SPLITS)}')
+
+    def in_split(self, key: str) -> bool:
+        """Whether the problem `key` belongs to this task's split, which options and index have no say in."""
+        return (key_hash(key) % HELDOUT_ONE_IN == 0) == (self.split == 'heldout')
+
+    def _boolean(self, option: str) -> None:
+        if type(value := getattr(self, option)) is not bool:
+            raise InputError(f'task {self.name!r}: {option} must be True or False, got {value!r}')
+
+    def _integer(self, option: str, low: int, high: int) -> int:
+        """The option's value, checked to lie in [low, high]."""
+        value = getattr(self, option)
+        if type(value) is not int or not low <= value <= high:
+            raise InputError(f'task {self.name!r}: {option} must be an integer in [{low}, {high}], got {value!r}')
+        return value
+
+    def _interval(self, option: str, low: int, high: int) -> tuple[int, int]:
+        """The option's inclusive (min, max) pair within [low, high]; a single integer n stands for (n, n)."""
+        value = getattr(self, option)
+        pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+        if len(pair) != 2 or any(type(n) is not int for n in pair) or not low <= pair[0] <= pair[1] <= high:
+            raise InputError(
+                f'task {self.name!r}: {option} must be an integer or (min, max) in [{low}, {high}], got {value!r}'
+            )
+        return pair
+
+
+@dataclass(kw_only=True)
+class ProceduralTask(SplitTask):
+    """A task that draws its problems from a seed. Subclasses are dataclasses, their fields are the options.
+
+    `prompt(index)` is a pure function of (task, options, split, index), the same in every process.
+    """
 
     def draw(self, rng: random.Random) -> tuple[str, Any]:
         """The key of a problem of either split, and whatever `pose` needs of it."""
@@ -94,31 +124,14 @@ class ProceduralTask:
                 return self.pose(key, problem, rng)
         raise InputError(f'{self._seed}: no {self.split} problem in {MAX_DRAWS} draws; widen the options')
 
-    def in_split(self, key: str) -> bool:
-        """Whether the problem `key` belongs to this task's split, which options and index have no say in."""
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, 'big') % HELDOUT_ONE_IN == 0) == (self.split == 'heldout')
-
     @functools.cached_property
     def _seed(self) -> str:
         return repr(self)
 
-    def _integer(self, option: str, low: int, high: int) -> int:
-        """The option's value, checked to lie in [low, high]."""
-        value = getattr(self, option)
-        if type(value) is not int or not low <= value <= high:
-            raise InputError(f'task {self.name!r}: {option} must be an integer in [{low}, {high}], got {value!r}')
-        return value
 
-    def _interval(self, option: str, low: int, high: int) -> tuple[int, int]:
-        """The option's inclusive (min, max) pair within [low, high]; a single integer n stands for (n, n)."""
-        value = getattr(self, option)
-        pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-        if len(pair) != 2 or any(type(n) is not int for n in pair) or not low <= pair[0] <= pair[1] <= high:
-            raise InputError(
-                f'task {self.name!r}: {option} must be an integer or (min, max) in [{low}, {high}], got {value!r}'
-            )
-        return pair
+def key_hash(key: str) -> int:
+    """64 bits of a hash of a problem's key, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), 'big')
 
 
 def uniform(rng: random.Random, low: int, high: int) -> int:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, TypeAlias
 
-from data.errors import InputError
 from data.tasks import Part, ProceduralTask, Prompt, Verdict, final_answer, lines, register, split_answer, uniform
 
 # A number, or [left, operator, right]: lists, so that it survives a trip through JSON.
@@ -39,8 +38,7 @@ class Arithmetic(ProceduralTask):
         self.operations = self._interval('operations', 1, 20)
         self._integer('digits', 1, 9)
         self._integer('max_value', 1, 10**9)
-        if type(self.worked) is not bool:
-            raise InputError(f'task {self.name!r}: worked must be True or False, got {self.worked!r}')
+        self._boolean('worked')
 
     def draw(self, rng: random.Random) -> tuple[str, Tree]:
         tree = self._grow(rng, uniform(rng, *self.operations), self.max_value)[0]
