@@ -189,35 +189,35 @@ for kind in ('reinforce', 'ppo_clip'):
 
 GRPO = {'epsilon': 0.2, 'epsilon_high': 0.28, 'max_completion_length': 10}
 GSPO = {'importance_sampling_level': 'sequence', 'epsilon': 0.1, 'epsilon_high': 0.15}
-SAMPLER = {'clip_min': None, 'clip_max': 1.5}
+MODES = {'token_truncate': 1.5, 'token_mask': 1.5, 'sequence_truncate': 2.0, 'sequence_mask': 2.0}
 for kind in 'grpo bnpo dr_grpo dapo sapo vespo'.split():
     add(f'trl_{kind}_policy', calls.trl_policy, loss_type=kind, **GRPO)
 add('trl_cispo_policy', calls.trl_policy, loss_type='cispo', epsilon_high=1.28)
 for kind in ('grpo', 'dapo', 'luspo'):
     add(f'trl_gspo_{kind}_policy', calls.trl_policy, loss_type=kind, **GSPO)
 add('trl_two_sided_policy', calls.trl_policy, loss_type='dapo', delta=1.5, **GRPO)
-add('trl_penalty_policy', calls.trl_policy, loss_type='grpo', beta=0.1, **GRPO)
-add('trl_corrected_penalty_policy', calls.trl_policy, loss_type='grpo', beta=0.1, use_bias_correction_kl=True, **GRPO)
+for name, corrected in {'trl_penalty_policy': False, 'trl_corrected_penalty_policy': True}.items():
+    add(name, calls.trl_policy, loss_type='grpo', beta=0.1, use_bias_correction_kl=corrected, **GRPO)
 add('trl_off_policy_mask_policy', calls.trl_policy, loss_type='grpo', off_policy_mask_threshold=0.05, **GRPO)
 add('trl_high_entropy_policy', calls.trl_policy, loss_type='dapo', top_entropy_quantile=0.4, **GRPO)
 add('trl_entropy_bonus_policy', calls.trl_policy, loss_type='grpo', entropy_coef=0.01, gradient=['entropy'], **GRPO)
 add('trl_empty_sequence_policy', calls.trl_policy, 'rollout_empty', loss_type='grpo', **GRPO)
 for name, kind in {'trl_truncated_policy': 'token_truncate', 'trl_masked_policy': 'sequence_mask'}.items():
-    add(name, calls.trl_policy, loss_type='dapo', sampler={'mode': kind, **SAMPLER}, **GRPO)
+    add(name, calls.trl_policy, loss_type='dapo', sampler={'mode': kind, 'clip_max': MODES[kind]}, **GRPO)
 add('trl_rloo_policy', calls.trl_rloo_policy, epsilon=0.2)
 
 # Between the sampler and the trainer.
 
-for kind in ('token_truncate', 'token_mask', 'sequence_truncate', 'sequence_mask'):
-    add(f'trl_sampler_{kind}', calls.trl_sampler_weight, mode=kind, **SAMPLER)
+for kind, maximum in MODES.items():
+    add(f'trl_sampler_{kind}', calls.trl_sampler_weight, mode=kind, clip_max=maximum)
 add('trl_sampler_token_mask_both', calls.trl_sampler_weight, mode='token_mask', clip_min=0.7, clip_max=1.5)
 for kind in ('token', 'sequence'):
     add(f'verl_sampler_{kind}', calls.verl_sampler_weight, rollout_is=kind, rollout_is_threshold=1.5)
 add('verl_sampler_token_mask', calls.verl_sampler_weight, rollout_is='token', rollout_is_threshold='0.7_1.5')
 NORMALIZED = {'rollout_is_threshold': 1.5, 'rollout_is_batch_normalize': True}
 add('verl_sampler_token_normalized', calls.verl_sampler_weight, rollout_is='token', **NORMALIZED)
-REJECTIONS = {'token_k1': '0.7_1.5', 'token_k3': '0.1', 'seq_sum_k1': '0.7_1.5', 'seq_mean_k1': '0.9_1.1'}
-for kind, threshold in {**REJECTIONS, 'seq_mean_k3': '0.05', 'seq_max_k2': '0.2'}.items():
+REJECTIONS = {'token_k1': '0.7_1.5', 'token_k3': '0.1', 'seq_sum_k1': '0.4_2.5', 'seq_mean_k1': '0.9_1.1'}
+for kind, threshold in {**REJECTIONS, 'seq_mean_k3': '0.08', 'seq_max_k2': '0.2'}.items():
     add(f'verl_reject_{kind}', calls.verl_sampler_mask, rollout_rs=kind, rollout_rs_threshold=threshold)
 
 # Values, entropy, divergence, length.
