@@ -30,6 +30,8 @@ OPTIONS = [
     ('sudoku', {'size': 9, 'blanks': 20}),
     ('needle', {}),
     ('needle', {'pairs': 6, 'questions': 3}),
+    ('code', {}),
+    ('code', {'level': (3, 4), 'examples': 3}),
 ]
 EVERY = pytest.mark.parametrize(('name', 'options'), OPTIONS)
 APPLY = {'+': operator.add, '-': operator.sub, '*': operator.mul}
@@ -75,7 +77,7 @@ def test_reference_passes_and_stubs_fail(name, options):
 @EVERY
 def test_splits_never_overlap(name, options):
     slow = name == 'sudoku' or options.get('operations') == 20
-    count = 40 if slow else 1200
+    count = 40 if slow else 200 if name == 'code' else 1200
     keys = {
         split: {get_task(name, split, **options).prompt(i).key for i in range(count)} for split in ('train', 'heldout')
     }
@@ -106,8 +108,8 @@ def test_sudoku_of_size_4_splits_all_288_grids():
 def test_prompts_are_the_same_in_every_process():
     code = (
         'import hashlib, sys\nfrom data.tasks import get_task\n'
-        "text = ''.join(repr(get_task(n, s).prompt(i)) for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle')"
-        " for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
+        "text = ''.join(repr(get_task(n, s).prompt(i)) for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle',"
+        " 'code') for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
         'print(hashlib.sha256(text.encode()).hexdigest())'
     )
     digests = {
