@@ -67,15 +67,25 @@ def test_hostile_programs_fail_for_an_ordinary_user(root):
     assert not report['wrong'], '\n'.join(report['wrong'])
 
 
+def children(process: int) -> list[int]:
+    return list(map(int, Path(f'/proc/{process}/task/{process}/children').read_text().split()))
+
+
+def confined(count: int) -> list[int]:
+    """The launcher's children, once they are so many; the killed are reaped a moment later."""
+    launcher = sandbox._launcher().process
+    process = launcher.pid
+    if launcher.args[0].endswith('bwrap'):  # which starts another, which starts the launcher
+        process = children(children(process)[0])[0]
+    deadline = time.monotonic() + 10
+    while len(found := children(process)) != count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
 def test_programs_leave_no_process_behind():
     grade(hostile.PASS, hostile.TESTS)
-    launcher = sandbox._launcher().process.pid
-    for _ in range(100):  # the killed are reaped a moment later
-        children = Path(f'/proc/{launcher}/task/{launcher}/children').read_text().split()
-        if not children:
-            break
-        time.sleep(0.05)
-    assert not children
+    assert confined(0) == []
 
 
 RIGHT = [
@@ -186,6 +196,39 @@ def test_a_killed_launcher_is_replaced():
     sandbox._launcher().process.kill()
     sandbox._launcher().process.wait()
     assert grade(hostile.PASS, ['assert f(3) == 6', 'assert f(2) == 4']).score == 1
+
+
+def test_a_launcher_killed_at_work_is_no_verdict():
+    """A program is not to blame, nor to be remembered as wrong, when the machine runs out of memory."""
+    program = 'import time\ndef f(x): time.sleep(1.0); return x + x'
+    with ThreadPoolExecutor(1) as pool:
+        grading = pool.submit(grade, program, ['assert f(2) == 4'], 20.0)
+        time.sleep(0.5)
+        sandbox._launcher().process.kill()
+        with pytest.raises(ChildProcessError, match='was killed'):
+            grading.result()
+    assert grade(program, ['assert f(2) == 4'], 20.0).score == 1
+
+
+def test_every_layer_is_there():
+    """While a program runs: another user, no new rights, a filter, and nothing that can start others."""
+    assert confined(0) == []
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(grade, 'import time\ntime.sleep(1.5)', ['pass'], 20.0)
+        processes = confined(2)
+        time.sleep(0.3)
+        states = [Path(f'/proc/{process}/status').read_text() for process in processes]
+        limits = [Path(f'/proc/{process}/limits').read_text() for process in processes]
+        files = [len(os.listdir(f'/proc/{process}/fd')) for process in processes] if os.geteuid() == 0 else [4, 5]
+        assert running.result().score == 1
+    user = NOBODY if os.geteuid() == 0 else os.geteuid()
+    wrapped = sandbox._launcher().process.args[0].endswith('bwrap')
+    for state, limit in zip(states, limits, strict=True):
+        fields = dict(line.split(':\t', 1) for line in state.splitlines() if ':\t' in line)
+        assert fields['NoNewPrivs'] == '1' and fields['Seccomp'] == '2' and set(fields['CapEff']) == {'0'}
+        assert wrapped or fields['Uid'].split() == [str(user)] * 4
+        assert 'Max processes             0 ' in limit and f'Max address space         {2**29} ' in limit
+    assert sorted(files) == [4, 5]  # /dev/null three times and a socket; the tests have one more
 
 
 def test_verdicts_do_not_depend_on_the_order_of_a_set():

@@ -6,7 +6,7 @@ HumanEval (Chen et al. 2021, arXiv:2107.03374): `prompt` begins a program, `cano
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from data.errors import InputError, did_you_mean
 from data.files import JsonLinesSource, Record
@@ -31,7 +31,6 @@ class CodeRecords(ProceduralTask):
     form: str = 'humaneval'
     whole: bool = False
     timeout: float = 5.0
-    _prompts: list[Prompt] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +40,7 @@ class CodeRecords(ProceduralTask):
             raise InputError(f'task {self.name!r}: path: expected a JSON Lines file')
         text, make = FORMS[self.form]
         source = JsonLinesSource(self.path, field=text)
+        self._prompts: list[Prompt] = []
         for number in range(len(source)):
             try:
                 prompt = make(source[number])

@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 
 from data.errors import InputError
 from data.tasks import Part, Verdict
-from data.tasks.sandbox.wire import Program, receive, send
+from data.tasks.sandbox.wire import MESSAGE, Program, receive, send
 
 VERDICTS_KEPT = 4096
+VALUE = 2**16  # bytes of a value that `run` takes: no more than can be rebuilt at once, whatever it is
 ROOT = Path(__file__).resolve().parents[3]
 SYSTEM = ('/usr', '/lib', '/lib64')  # what an interpreter needs of the system, inside bubblewrap
 START = f'import sys; sys.path.insert(0, {str(ROOT)!r}); from data.tasks.sandbox.launcher import main; main()'
@@ -55,7 +56,8 @@ def grade(
     Names in tests are those that `setup` (trusted code, run on the side of the tests) or earlier tests define, then
     built-in ones, then the program's; `names` are the program's whatever else they may be. The score is 1 or 0, with a
     part for each test. Verdicts are kept: a program is not run twice with the same tests. Safe to call from threads.
-    Raises InputError where there is nothing to pass, or where this machine cannot confine programs.
+    Raises InputError where there is nothing to pass or where this machine cannot confine programs, ChildProcessError
+    where the sandbox itself was killed.
     """
     if not tests or isinstance(tests, str) or not all(isinstance(test, str) and test.strip() for test in tests):
         raise InputError(f'sandbox: tests: expected one or more pieces of Python, got {str(tests)[:80]!r}')
@@ -71,7 +73,7 @@ def _grade(code: str, tests: tuple[str, ...], timeout: float, setup: str, names:
         try:
             send(fd, [code, setup, names, tests])
             for _ in tests:
-                answers.append(receive(fd))
+                answers.append(receive(fd, MESSAGE))
         except (EOFError, ConnectionError):
             reason = _ending(start, timeout)
     answers += [(False, reason)] * (len(tests) - len(answers))
@@ -83,11 +85,12 @@ def _grade(code: str, tests: tuple[str, ...], timeout: float, setup: str, names:
 def run(code: str, calls: Sequence[tuple[str, Sequence[Any]]] = (), timeout: float = 5.0) -> Run:
     """Run a program, then call functions of it by name with arguments. Nothing that comes back can be trusted.
 
-    `error` says why the program itself failed, in which case every call fails. Raises InputError as `grade` does.
+    Values of more than VALUE bytes are refused; `output` is the beginning of what was printed. `error` says why the
+    program itself failed, in which case every call fails. Raises what `grade` raises.
     """
     results: list[Result] = []
     with _process('program', _checked(timeout)) as fd:
-        program = Program(fd)
+        program = Program(fd, VALUE)
         start = time.monotonic()
 
         def attempt(*request: Any) -> Result:
@@ -123,8 +126,9 @@ class _Launcher:
     """The process of `launcher.py`, inside bubblewrap if that works. Raises InputError if it cannot confine."""
 
     def __init__(self) -> None:
+        answer = f'{sys.platform} is not Linux'
         bubblewrap = shutil.which('bwrap')
-        for wrapper in ([_bubblewrap(bubblewrap)] if bubblewrap else []) + [[]]:
+        for wrapper in ([_bubblewrap(bubblewrap)] if bubblewrap else []) + ([[]] if sys.platform == 'linux' else []):
             self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 self.process = _interpreter(wrapper, theirs)
@@ -168,7 +172,7 @@ def _bubblewrap(command: str) -> list[str]:
     )
     binds = [word for folder in folders for word in ('--ro-bind-try', folder, folder)]
     identity = ['--unshare-all', '--unshare-user', '--uid', '65534', '--gid', '65534', '--cap-drop', 'ALL']
-    return [command, *identity, '--new-session', *binds, '--dev', '/dev', '--chdir', '/', '--']
+    return [command, *identity, '--new-session', *binds, '--chdir', '/', '--']
 
 
 _launchers: dict[int, _Launcher] = {}  # by process, as a fork must not use the one of its parent
@@ -192,11 +196,14 @@ def _process(role: str, timeout: float) -> Iterator[int]:
     try:
         with theirs:
             try:
+                launcher = _launcher()
                 message = json.dumps({'role': role, 'timeout': timeout}).encode()
-                socket.send_fds(_launcher().control, [message], [theirs.fileno(), alive])
+                socket.send_fds(launcher.control, [message], [theirs.fileno(), alive])
             finally:
                 os.close(alive)
         yield mine.fileno()
+        if launcher.process.poll() is not None:
+            raise ChildProcessError('sandbox: the process that starts others was killed')
     finally:
         mine.close()
         os.close(leash)

@@ -8,6 +8,7 @@ headers (asm/unistd.h, linux/seccomp.h, linux/filter.h, linux/landlock.h).
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import resource
@@ -47,17 +48,29 @@ MACHINES = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check_machine() -> None:
-    """Raises OSError where programs cannot be confined."""
+@functools.cache
+def _filter() -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char]]:
+    """What the kernel is given: length and address of the instructions, and these. They allow the calls in the list,
+    refuse others with EPERM, and kill what calls as another architecture. Raises OSError for an unknown machine."""
     if platform.system() != 'Linux' or platform.machine() not in MACHINES or struct.calcsize('P') != 8:
         raise OSError(f'no filter of system calls for {platform.system()} on {platform.machine()}')
+    architecture, numbers = MACHINES[platform.machine()]
+    code = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    for number in map(int, numbers.split()):
+        code += [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    packed = b''.join(struct.pack('HBBI', *words) for words in [*code, (RETURN, 0, 0, REFUSE)])
+    instructions = ctypes.create_string_buffer(packed, len(packed))
+    header = struct.pack('HxxxxxxP', len(packed) // 8, ctypes.addressof(instructions))
+    return ctypes.create_string_buffer(header, len(header)), instructions
 
 
 def confine_launcher() -> None:
     """No rights, no files and bounded memory, for a process that still starts others. Irrevocable.
 
     Landlock is left out where the kernel lacks it, and the change of user where this is not root or root may not.
+    Raises OSError where this machine has no filter of system calls.
     """
+    _filter()
     for name, limit in LIMITS.items():
         _limit(getattr(resource, f'RLIMIT_{name}'), limit)
     if os.geteuid() == 0:
@@ -80,7 +93,7 @@ def confine_program(seconds: int) -> None:
     _limit(resource.RLIMIT_CPU, seconds)
     _limit(resource.RLIMIT_NPROC, 0)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(_PROGRAM))
+    _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(_filter()[0]))
     try:
         os.open('/', os.O_RDONLY)
     except OSError as error:
@@ -114,18 +127,3 @@ def _landlock() -> None:
     if fd < 0 or _libc.syscall(LANDLOCK_RESTRICT_SELF, ctypes.c_int(fd), ctypes.c_uint(0)) != 0:
         raise OSError(ctypes.get_errno(), 'Landlock refuses its rules')
     os.close(fd)
-
-
-def _build_filter() -> bytes:
-    """Allow the calls in the list, refuse others with EPERM, and kill what calls for another architecture."""
-    architecture, numbers = MACHINES[platform.machine()]
-    step = struct.Struct('HBBI')
-    code = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    for number in map(int, numbers.split()):
-        code += [(JUMP_IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
-    return b''.join(step.pack(*words) for words in [*code, (RETURN, 0, 0, REFUSE)])
-
-
-check_machine()
-_FILTER = ctypes.create_string_buffer(_build_filter())
-_PROGRAM = ctypes.create_string_buffer(struct.pack('HxxxxxxP', len(_FILTER) // 8, ctypes.addressof(_FILTER)))

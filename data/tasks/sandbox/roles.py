@@ -124,5 +124,6 @@ def _failure(action: Callable[..., Any], *arguments: Any) -> str:
     try:
         action(*arguments)
     except BaseException as error:
-        return (f'{type(error).__name__}: {error}'.strip(': ').splitlines() or ['?'])[0][:200]
+        line = (f'{type(error).__name__}: {error}'.strip(': ').splitlines() or ['?'])[0][:200]
+        return ''.join(letter if letter.isprintable() else '?' for letter in line)
     return ''

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-MESSAGE = 2**20  # bytes of one frame that is taken from a hostile process
+MESSAGE = 2**20  # bytes of a frame
 ERROR = 300  # characters of an error's message
 
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, collections.deque)}
@@ -86,7 +86,7 @@ def send(fd: int, message: Any) -> None:
         left = left[os.write(fd, left) :]
 
 
-def receive(fd: int, limit: int = 2**32) -> Any:
+def receive(fd: int, limit: int = 64 * MESSAGE) -> Any:
     """Read one frame of at most `limit` bytes. Raises EOFError where the other end is gone, ValueError for others."""
     size = int.from_bytes(_read(fd, 4), 'big')
     if size > limit:
@@ -108,10 +108,12 @@ def _read(fd: int, size: int) -> bytes:
 
 
 class Program:
-    """A program that runs in another process, asked over `fd`. Arguments and results travel by value."""
+    """A program that runs in another process, asked over `fd`. Arguments travel by value, and so do results, of which
+    none may take more than `limit` bytes."""
 
-    def __init__(self, fd: int):
+    def __init__(self, fd: int, limit: int = MESSAGE):
         self._fd = fd
+        self._limit = limit
         self._broken = False
 
     def ask(self, operation: str, *arguments: Any) -> Any:
@@ -122,7 +124,7 @@ class Program:
         try:
             send(self._fd, [operation, [encode(argument, _number) for argument in arguments]])
             self._broken = True
-            kind, *body = receive(self._fd, MESSAGE)
+            kind, *body = receive(self._fd, self._limit)
             self._broken = False
         except (EOFError, ConnectionError) as error:
             raise ProgramError('the program ended') from error
