@@ -397,7 +397,7 @@ def f(x):
 def f(x):
   a = []
   while True: a.append(bytearray(2 ** 24))
-=== recurses too deep: ended
+=== recurses too deep: ended|RecursionError
 import sys
 sys.setrecursionlimit(10 ** 9)
 def g(n): return [*map(g, [n])]

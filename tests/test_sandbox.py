@@ -163,6 +163,12 @@ def test_run_returns_values_and_output():
     assert done.output == 'hello\nbye\n' and done.error == ''
     broken = run('print(1)\n1 / 0', [('f', [])])
     assert broken.error == broken.results[0].error == 'ZeroDivisionError: division by zero' and broken.output == '1\n'
+    strange = run(
+        'def f(): return object()\ndef g(): raise ValueError("\\ud800\\x1b[1m\\nand more")', [('f', []), ('g', [])]
+    )
+    assert strange.results[1].error == 'ValueError: ??[1m'
+    with pytest.raises(wire.ProgramError, match='no longer answers'):  # its descriptor may be another file's by now
+        list(strange.results[0].value)
     assert run('while True: pass', timeout=0.5).error
     endless = run('def f():\n  while True: pass', [('f', [])], timeout=0.5)
     assert endless.error == 'took longer than 0.5 s' and endless.results[0].error

@@ -143,6 +143,8 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('size must be one of 4, 6, 9, got 5', 'sudoku', {'size': 5}),
         ('questions must be', 'needle', {'questions': 9}),
         ('pairs must be', 'needle', {'pairs': (8, 1000)}),
+        ('level must be', 'code', {'level': 7}),
+        ('examples must be', 'code', {'examples': 0}),
     ]:
         with pytest.raises(InputError, match=message):
             get_task(name, **options)
@@ -392,6 +394,55 @@ def test_work_that_is_asked_for_must_be_there_and_right():
             assert score(task, prompt, '\n'.join(wrong)) == 0
     with pytest.raises(InputError, match='worked must be True or False'):
         get_task('arithmetic', worked=1)
+
+
+# Code
+
+
+@given(INDEX, st.integers(1, 4), st.integers(1, 3), st.sampled_from(['train', 'heldout']))
+@settings(max_examples=15, deadline=None)
+def test_code_wants_every_step_and_hides_its_tests(index, level, examples, split):
+    task = get_task('code', split, level=level, examples=examples)
+    prompt = task.prompt(index)
+    first, *steps = prompt.reference.split('\n')
+    shown = re.findall(r'^f\((.*)\) == (.*)$', prompt.text, re.MULTILINE)
+    assert len(steps) == level and len(shown) == examples
+    assert not any(f'f({value})' in test for value, _ in shown for test in prompt.info['tests'])
+    names: dict = {}
+    exec(prompt.reference, names)
+    assert all(repr(names['f'](ast.literal_eval(value))) == result for value, result in shown)
+    for at in range(level - 1):
+        assert score(task, prompt, '\n'.join([first, *steps[:at], *steps[at + 1 :]])) == 0
+    table = f'def f(x):\n    return {{{", ".join(f"{value!r}: {result}" for value, result in shown)}}}[repr(x)]'
+    another_type = (
+        f'{prompt.reference}\ng = f\nclass A(int): pass\ndef f(x):\n    return A(g(x)) if type(g(x)) is int else None'
+    )
+    for wrong in (
+        table,
+        another_type,
+        'def f(x):\n    return x',
+        f'    {steps[-1]}',
+        f'f = lambda x: x\n{prompt.reference}\nf(1)',
+    ):
+        assert score(task, prompt, wrong) == 0
+    assert score(task, prompt, prompt.reference.replace('x', 'value')) == 1 or 'max(' in prompt.reference
+
+
+def test_code_of_one_behaviour_is_one_problem():
+    """However it is put: sorting what was reversed is sorting, and lies in the same split."""
+    task = get_task('code', level=(1, 4))
+    seen: dict[str, str] = {}
+    for index in range(300):
+        prompt = task.prompt(index)
+        names: dict = {}
+        exec(prompt.reference, names)
+        kind = prompt.text.partition(' x:')[0]
+        values = [
+            ast.literal_eval(test[test.index('f(') + 2 : test.index(')) ==')]) for test in prompt.info['tests'][4:]
+        ]
+        behaviour = f'{kind} {[repr(names["f"](value)) for value in values]}'
+        assert seen.setdefault(behaviour, prompt.key) == prompt.key
+    assert 200 < len(seen) == len(set(seen.values()))
 
 
 # Needle

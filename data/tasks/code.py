@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from data.tasks import ProceduralTask, Prompt, Verdict, register, uniform
 from data.tasks.sandbox import grade
 
-TESTS = 8  # hidden ones, besides that of the empty value
+TESTS = 4  # hidden values of a problem's own, besides the probes and the empty value
+PROBES = 12
 TIMEOUT = 2.0  # seconds; the programs asked for take microseconds
 LONGEST = 20_000  # characters of a completion
 SHOWN = 60  # characters at most of what a function makes of a probe
@@ -100,7 +101,7 @@ class Code(ProceduralTask):
 
     The program runs in the sandbox against hidden values, and must return the exact type and value for all of them.
     Two problems whose functions do the same are one problem, however they are described: the key is what the function
-    makes of a fixed set of values. No step of a problem is idle.
+    makes of a fixed set of values, the probes. They are among the hidden ones, and on them no step is idle.
     """
 
     level: tuple[int, int] = (1, 2)
@@ -123,9 +124,9 @@ class Code(ProceduralTask):
         values: list[Any] = []
         while len(values) < self.examples + TESTS:
             value = _value(kind, rng)
-            if value not in values:
+            if value not in values and value not in _probes(kind):
                 values.append(value)
-        shown, hidden = values[: self.examples], [*values[self.examples :], EMPTY[kind]]
+        shown, hidden = values[: self.examples], [*values[self.examples :], *_probes(kind), EMPTY[kind]]
         described = ', '.join(step.phrase for step in problem)
         return Prompt(
             text='\n'.join([f'Write f(x) for {KINDS[kind]} x: {described}.', *(_example(problem, x) for x in shown)]),
@@ -184,8 +185,9 @@ def _on_probes(kind: str, steps: list[Step]) -> list[Any]:
 
 @functools.cache
 def _probes(kind: str) -> list[Any]:
+    """Values that tell problems apart; the same in every process."""
     rng = random.Random(f'probes {kind}')
-    return [_value(kind, rng) for _ in range(12)]
+    return [_value(kind, rng) for _ in range(PROBES)]
 
 
 def _apply(steps: list[Step], value: Any) -> Any:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from data.errors import InputError
 from data.tasks import Part, Verdict
-from data.tasks.sandbox.wire import MESSAGE, Program, receive, send
+from data.tasks.sandbox.wire import MESSAGE, Program, describe, receive, send
 
 VERDICTS_KEPT = 4096
 VALUE = 2**16  # bytes of a value that `run` takes: no more than can be rebuilt at once, whatever it is
@@ -36,7 +36,7 @@ STARTING = 60.0  # seconds
 
 
 class Result(NamedTuple):
-    """What a call returned, or why it did not, in one line. Objects of other than built-in types are `wire.Remote`."""
+    """What a call returned, or why it did not, in one line. Objects of other than built-in types are of no use."""
 
     value: Any
     error: str = ''
@@ -68,8 +68,8 @@ def grade(
 def _grade(code: str, tests: tuple[str, ...], timeout: float, setup: str, names: tuple[str, ...]) -> Verdict:
     answers: list[tuple[bool, str]] = []
     reason = ''
+    start = time.monotonic()
     with _process('judge', timeout) as fd:
-        start = time.monotonic()
         try:
             send(fd, [code, setup, names, tests])
             for _ in tests:
@@ -89,27 +89,24 @@ def run(code: str, calls: Sequence[tuple[str, Sequence[Any]]] = (), timeout: flo
     program itself failed, in which case every call fails. Raises what `grade` raises.
     """
     results: list[Result] = []
+    start = time.monotonic()
     with _process('program', _checked(timeout)) as fd:
         program = Program(fd, VALUE)
-        start = time.monotonic()
 
         def attempt(*request: Any) -> Result:
             try:
                 return Result(program.ask(*request))
             except Exception as error:
-                return Result(None, f'{type(error).__name__}: {error}')
+                return Result(None, describe(error))
 
         loaded = attempt('load', code)
         for name, arguments in calls:
             found = loaded if loaded.error else attempt('get', name)
             results.append(found if found.error else attempt('call', found.value, tuple(arguments), {}))
         output = attempt('output')
-    late = time.monotonic() - start >= timeout
-    return Run(
-        tuple(results),
-        output.value if isinstance(output.value, str) else '',
-        loaded.error or (_ending(start, timeout) if late else ''),
-    )
+        program.end()
+    failure = loaded.error or output.error and _ending(start, timeout)
+    return Run(tuple(results), output.value if isinstance(output.value, str) else '', failure)
 
 
 def _checked(timeout: float) -> float:

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from data.tasks.sandbox.wire import Program, decode, encode, receive, send
+from data.tasks.sandbox.wire import Program, decode, describe, encode, receive, send
 
 OUTPUT = 2**16  # characters that are kept of what a program prints
 
@@ -124,6 +124,5 @@ def _failure(action: Callable[..., Any], *arguments: Any) -> str:
     try:
         action(*arguments)
     except BaseException as error:
-        line = (f'{type(error).__name__}: {error}'.strip(': ').splitlines() or ['?'])[0][:200]
-        return ''.join(letter if letter.isprintable() else '?' for letter in line)
+        return describe(error)
     return ''

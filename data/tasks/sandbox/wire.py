@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 MESSAGE = 2**20  # bytes of a frame
-ERROR = 300  # characters of an error's message
+ERROR = 200  # characters of an error's message
 
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, collections.deque)}
 MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, collections.Counter)}
@@ -23,6 +23,12 @@ BYTES = {kind.__name__: kind for kind in (bytes, bytearray)}
 
 class ProgramError(Exception):
     """The program raised something that is no built-in exception, or its process is gone."""
+
+
+def describe(error: BaseException) -> str:
+    """An error as a line that can be printed anywhere, whoever wrote its message."""
+    line = (f'{type(error).__name__}: {error}'.strip(': ').splitlines() or ['?'])[0][:ERROR]
+    return ''.join(letter if letter.isprintable() else '?' for letter in line)
 
 
 def encode(value: Any, refer: Callable[[Any], int]) -> Any:
@@ -115,6 +121,10 @@ class Program:
         self._fd = fd
         self._limit = limit
         self._broken = False
+
+    def end(self) -> None:
+        """Ask no more, as `fd` may soon be another file's."""
+        self._broken = True
 
     def ask(self, operation: str, *arguments: Any) -> Any:
         """What the program's process answers (see `candidate.serve`). Raises what it says was raised there: a built-in
