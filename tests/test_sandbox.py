@@ -169,6 +169,9 @@ def test_run_returns_values_and_output():
     assert strange.results[1].error == 'ValueError: ??[1m'
     with pytest.raises(wire.ProgramError, match='no longer answers'):  # its descriptor may be another file's by now
         list(strange.results[0].value)
+    large = run('def f(): return "a" * 2 ** 17', [('f', []), ('f', [])], 20)
+    assert ['at most 65536' in result.error for result in large.results] == [True, False]
+    assert large.results[1].error == 'ProgramError: the program no longer answers'
     assert run('while True: pass', timeout=0.5).error
     endless = run('def f():\n  while True: pass', [('f', [])], timeout=0.5)
     assert endless.error == 'took longer than 0.5 s' and endless.results[0].error
