@@ -6,6 +6,7 @@ variable, is read anew for each request, and is written nowhere: should a server
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import fcntl
 import hashlib
@@ -38,7 +39,7 @@ LARGEST_BODY = 1 << 24  # bytes
 OWN_FIELDS = ('model', 'messages', 'n', 'seed', 'stream')
 
 
-class Transient(Exception):
+class _Transient(Exception):
     """A failure that may pass; `pause` is how many seconds the server asked for."""
 
     def __init__(self, message: str, pause: float = 0.0):
@@ -71,7 +72,7 @@ class Endpoint:
             cache: a JSON Lines file; processes may share it.
             key_variable: the environment variable that holds the key; '' where none is needed.
             settings: sent with each request: temperature, max_tokens and the like.
-            timeout: seconds to connect, and for the whole answer from then on.
+            timeout: seconds for each wait on the connection, and for a body as a whole.
             tries: of a request that meets a time-out, a broken connection or answer, status 408, 425, 429 or 5xx.
             requests_per_minute: evenly spaced, those of further tries included; 0: no limit.
             concurrency: requests under way at one time.
@@ -142,8 +143,8 @@ class Endpoint:
                 stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        replies = [self._cache.get(key) for key in keys]
-        return [reply for reply in replies if reply is not None]
+        replies: list[Any] = [self._cache.get(key) for key in keys]
+        return replies
 
     def _ask(self, key: str, request: dict[str, Any], number: int, stop: threading.Event) -> None:
         if self._cache.get(key) is not None:  # another process has asked in the meantime
@@ -159,7 +160,7 @@ class Endpoint:
             try:
                 reply = self._post(request)
                 break
-            except Transient as error:
+            except _Transient as error:
                 backoff = BACKOFF * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
                 pause = max(error.pause, min(backoff, LONGEST_PAUSE))
                 if attempt == self._tries or pause > LONGEST_PAUSE:
@@ -175,7 +176,7 @@ class Endpoint:
             self.usage.update({name: reply[name] for name in ('prompt_tokens', 'completion_tokens')})
 
     def _post(self, body: dict[str, Any]) -> Reply:
-        """Sends one request. Raises Transient, or InputError where another try would not help."""
+        """Sends one request. Raises _Transient, or InputError where another try would not help."""
         key = self._key()
         request = urllib.request.Request(self._url, json.dumps(body).encode(), {'Content-Type': 'application/json'})
         if key:
@@ -185,31 +186,29 @@ class Endpoint:
                 data = json.loads(_read(response, time.monotonic() + self._timeout))
             return _parse(json.loads(json.dumps(data).replace(key or '\0', '[key]')))
         except urllib.error.HTTPError as error:
-            message = f'status {error.code} {" ".join(error.reason.split())}'
-            try:
-                message += f': {" ".join(error.read(1000).decode(errors="replace").split())[:300]}'
-            except (OSError, http.client.HTTPException):
-                pass  # the status alone, then
-            finally:
-                error.close()
-            message = message.replace(key or '\0', '[key]')
+            said = ''
+            with error, contextlib.suppress(OSError, http.client.HTTPException, InputError):
+                said = _read(error.fp, time.monotonic() + self._timeout).decode(errors='replace')
+            # The key is taken out of the whole: a part of it must not be left where the text is cut.
+            words = f'status {error.code} {error.reason}: {said}'.replace(key or '\0', '[key]').split()
+            message = ' '.join(words)[:300]
             if error.code in (408, 425, 429) or error.code >= 500:
-                raise Transient(message, _retry_after(error.headers.get('Retry-After', ''))) from None
+                raise _Transient(message, _retry_after(error.headers.get('Retry-After', ''))) from None
             raise InputError(message) from None
         except InputError:
             raise
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, 'reason', error)
-            raise Transient(f'no answer: {reason!r}'.replace(key or '\0', '[key]')) from None
+            raise _Transient(f'no answer: {reason!r}'.replace(key or '\0', '[key]')) from None
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
-            raise Transient('status 200, but the answer is not a chat completion') from None
+            raise _Transient('status 200, but the answer is not a chat completion') from None
 
     def _key(self) -> str:
         if not self._key_variable:
             return ''
         key = os.environ.get(self._key_variable, '').strip()
         if not re.fullmatch(r'[!#-\[\]-~]+', key):  # what a header can carry and JSON spells as it is
-            raise InputError(f'{self._name}: environment variable {self._key_variable} holds no key')
+            raise InputError(f'environment variable {self._key_variable} holds no key')
         return key
 
 
@@ -220,7 +219,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _read(response: http.client.HTTPResponse, end: float) -> bytes:
+def _read(response: Any, end: float) -> bytes:
     """A body piece by piece: the socket's own time-out begins anew with every byte of a slow server."""
     data = bytearray()
     while piece := response.read1(1 << 16):
@@ -310,7 +309,7 @@ class Cache:
         """Takes in what has been added, by whomever; a line without its end may still be on its way."""
         if os.fstat(self._file).st_size == self._end:
             return
-        with open(self._path, 'rb') as file:
+        with open(self._file, 'rb', closefd=False) as file:
             file.seek(self._end)
             for line in file:
                 if not line.endswith(b'\n'):

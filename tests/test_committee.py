@@ -368,7 +368,8 @@ def test_the_key_is_sent_and_appears_nowhere(
     threading.Thread(target=elsewhere.serve_forever, args=(0.01,), daemon=True).start()
     for status in (401, 429, 500, 302):
         echo_headers = {'Location': f'{elsewhere.url}/chat/completions'}
-        server.script = lambda handler, *_, s=status, h=echo_headers: handler.reply(s, f'bad {KEY}'.encode(), **h)
+        body = f'bad {KEY * 40}'.encode()  # one of them is where the text is cut
+        server.script = lambda handler, *_, s=status, b=body, h=echo_headers: handler.reply(s, b, **h)
         with pytest.raises(InputError) as caught:
             endpoint([chat('b')], 1, 0)
         error: BaseException | None = caught.value
@@ -385,7 +386,7 @@ def test_the_key_is_sent_and_appears_nowhere(
             endpoint([chat('c')], 1, 0)
     texts += [*capfd.readouterr(), caplog.text]
     texts += [path.read_text() for path in tmp_path.rglob('*') if path.is_file()]
-    assert not any(KEY in text for text in texts)
+    assert not any(KEY[:6] in text for text in texts)
 
 
 def test_bad_arguments_end_before_any_request(server: Server, connect: Callable[..., Endpoint], tmp_path: Path) -> None:
@@ -772,6 +773,8 @@ REFUSALS = (
     "We're not able to share that.",
     "I apologize, but I cannot fulfil that. Let's talk about something else.",
     "I'm not comfortable writing this.",
+    "I don't think it's appropriate to say so.",
+    'It is not ethical or lawful to do that.',
 )
 ANSWERS = (
     'You can kill a Python process with `kill PID`.',
