@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -236,6 +237,13 @@ class Model:
 
         return {name: cut(collection) for name, collection in variables.items()}
 
+    @property
+    def paths(self) -> set[str]:
+        """Of all variables, written with slashes."""
+        found: list[str] = []
+        subtree(self.declared, found.append)
+        return set(found)
+
     @functools.cached_property
     def declared(self) -> Variables:
         """Each weight as `layers.Declared`, with a ShapeDtypeStruct for its value. Router biases are bare."""
@@ -273,13 +281,17 @@ class Model:
 
         return jax.tree.map(leaf, self.declared, is_leaf=is_declared)
 
-    def init(self, seed: int, mesh: jax.sharding.Mesh) -> Variables:
+    def init(self, seed: int, mesh: jax.sharding.Mesh, given: Variables | None = None) -> Variables:
         """Fresh variables, each made sharded where it will live, with a key folded from its path.
 
-        Values depend on the seed and the config alone, not on the mesh.
+        Values depend on the seed and the config alone, not on the mesh. Those that are `given`, some or all, are taken
+        as they are.
         """
+        there = dict(jax.tree_util.tree_leaves_with_path(given or {}))
 
         def leaf(path: Any, x: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+            if path in there:
+                return there[path]
             if not is_declared(x) or x.init == 'zeros':
                 return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
             if x.init == 'ones':
@@ -337,6 +349,18 @@ class Model:
         layers = c.num_hidden_layers + modules
         attention = layers * c.num_attention_heads * (c.qk_head_dim + c.value_head_dim) * length / 2
         return 2.0 * (matmul + modules * head + attention) * (3 if backward else 1)
+
+
+def subtree(tree: dict[str, Any], keep: Callable[[str], Any], above: str = '') -> dict[str, Any]:
+    """The leaves of nested dictionaries whose paths, written with slashes, are to be kept."""
+    kept: dict[str, Any] = {}
+    for name, x in tree.items():
+        if isinstance(x, dict):
+            x = subtree(x, keep, f'{above}{name}/')
+            kept |= {name: x} if x else {}
+        elif keep(above + name):
+            kept[name] = x
+    return kept
 
 
 def is_declared(x: Any) -> bool:

@@ -1,6 +1,7 @@
 """The train loop and the graph of stages: new kinds, appended stages, interrupted runs, and learning by heart."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -330,3 +331,32 @@ def test_a_stage_hands_over_what_it_should(run: Any) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(state['optimizer'])
         momentum = [float(abs(x).max()) for path, x in leaves if '.mu[' in jax.tree_util.keystr(path)]
         assert momentum and (max(momentum) > 0) == keep
+
+
+def test_a_stage_may_have_other_parameters_than_its_parent(run: Any) -> None:
+    """What both have is handed over; what is new is as in a model from scratch; what is gone is not read."""
+    run('pretrain', light=True)()
+
+    def settings(config: ConfigDict, keep: bool = False) -> None:
+        model = ConfigDict({'value_head': True, 'num_nextn_predict_layers': 1})
+        config.stages.midtrain.update(model=model, seed=7, keep_optimizer=keep)
+        config.stages.sft.update(model=ConfigDict({'num_nextn_predict_layers': 0}))
+
+    made = run('pretrain', 'midtrain', 'sft', settings=settings, light=True)
+    before = made.begin('pretrain', fresh=True)[1]['params']
+    trained, _ = made._restore('pretrain', None, {'params': before})
+    plan, state = made.begin('midtrain')
+    fresh = plan.model.init(7, made.mesh)['params']
+    assert fresh.keys() - before.keys() == {'value_head', 'multi_token_1'}
+    for path, x in jax.tree_util.tree_leaves_with_path(state['params']):
+        source = trained['params'] if path[0].key in before else fresh
+        expected = dict(jax.tree_util.tree_leaves_with_path(source))[path]
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(expected), err_msg=jax.tree_util.keystr(path))
+    made('midtrain')
+    state = made.begin('sft')[1]
+    assert state['params'].keys() == before.keys() | {'value_head'}
+    # The optimizer of one cannot go on with the other.
+    other = run('pretrain', 'midtrain', 'sft', settings=functools.partial(settings, keep=True), light=True)
+    other.workdir = other.workdir.with_name('other')
+    with pytest.raises(InputError, match='stages.midtrain.keep_optimizer is True: expected False, as the stage has'):
+        other('midtrain')

@@ -147,7 +147,7 @@ def test_answers_are_stamped_and_the_stop_token_is_learnt() -> None:
 
 def test_the_trainer_scores_as_the_sampler_did() -> None:
     """Temperature, routing by the biases and packing included: the stream scores its batch by the sampling weights."""
-    arrays, _ = stream(reference=model()[1]).next(0, model()[1])
+    arrays, _ = stream(reference=model()).next(0, model()[1])
     learnt = arrays['loss_weight'] > 0
     np.testing.assert_allclose(arrays['reference_logprob'][learnt], arrays['behavior_logprob'][learnt], atol=1e-4)
     assert float(arrays['temperature']) == np.float32(1.3)

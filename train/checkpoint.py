@@ -178,11 +178,12 @@ class Checkpoints:
         items |= {'stream': ocp.args.JsonSave(stream), 'metadata': ocp.args.JsonSave(record)}
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
-    def restore(self, wanted: dict[str, Any], step: int | None = None) -> Restored | None:
+    def restore(self, wanted: dict[str, Any], step: int | None = None, part: bool = False) -> Restored | None:
         """The newest sound checkpoint (or that of `step`), None if there is none.
 
         Args:
             wanted: for some of 'params', 'balance', 'optimizer', a tree of ShapeDtypeStructs with shardings.
+            part: whether it may hold more 'params' and 'balance' than that; what is not wanted is not read.
 
         Raises:
             InputError: arrays of another architecture than `wanted`; a named step that is broken or not there.
@@ -191,7 +192,7 @@ class Checkpoints:
         broken: list[int] = []
         for candidate in reversed(steps):
             try:
-                restored = self._read(candidate, wanted)
+                restored = self._read(candidate, wanted, part)
                 self._set_aside(broken)
                 return restored
             except InputError:
@@ -218,16 +219,16 @@ class Checkpoints:
         wait_for_all('broken checkpoints are set aside')
         self._manager.reload()
 
-    def _read(self, step: int, wanted: dict[str, Any]) -> Restored:
+    def _read(self, step: int, wanted: dict[str, Any], part: bool) -> Restored:
         stream, metadata = self._records(step)
-        _check_shapes(self._folder / str(step), wanted, metadata['arrays'])
+        _check_shapes(self._folder / str(step), wanted, metadata['arrays'], part)
         present = {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)}
         arrays = {name: tree for name, tree in wanted.items() if name not in present}
         if present:
-            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in present.items()})
+            args = ocp.args.Composite(**{name: _restoring(tree, part) for name, tree in present.items()})
             restored = self._manager.restore(step, args=args)
             for name in present:
-                if fingerprints(restored[name]) != metadata['arrays'][name]:
+                if not fingerprints(restored[name]).items() <= metadata['arrays'][name].items():
                     raise ValueError(f'its {name} do not match their fingerprints')
                 arrays[name] = restored[name]
         return Restored(arrays, stream, metadata)
@@ -296,7 +297,14 @@ def _saving(tree: Any) -> Any:
     return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**28), tree))
 
 
-def _check_shapes(folder: Path, wanted: dict[str, Any], stored: dict[str, dict[str, str]]) -> None:
+def _restoring(tree: Any, part: bool) -> Any:
+    if not part:
+        return ocp.args.StandardRestore(tree)
+    how = ocp.checkpoint_utils.construct_restore_args(tree)
+    return ocp.args.PyTreeRestore(tree, restore_args=how, partial_restore=True)
+
+
+def _check_shapes(folder: Path, wanted: dict[str, Any], stored: dict[str, dict[str, str]], part: bool = False) -> None:
     """Raises InputError, naming the first leaf that differs, where a checkpoint is of another architecture."""
     for name, tree in wanted.items():
         expected = {
@@ -304,7 +312,7 @@ def _check_shapes(folder: Path, wanted: dict[str, Any], stored: dict[str, dict[s
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
         }
         found = {path: text.rsplit(' ', 1)[0] for path, text in stored.get(name, {}).items()}
-        for path in sorted(expected.keys() | found.keys()):
+        for path in sorted(expected if part else expected.keys() | found.keys()):
             if expected.get(path) != found.get(path):
                 have, want = found.get(path, 'nothing'), expected.get(path, 'nothing')
                 raise InputError(f'{folder}: another architecture: {name}{path} is {have}, expected {want}')

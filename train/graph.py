@@ -21,7 +21,7 @@ from data.stream import Prefetch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
-from model.transformer import Model, Variables
+from model.transformer import Model, Variables, subtree
 from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
 from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
@@ -153,14 +153,24 @@ class Run:
                 checked(self.config['evaluations'][evaluation])
             make_optimizer(stage['optimizer'], model.declared['params'])
             learning_rate(stage['optimizer'], stage['steps'])
-            # Other models are not there yet; streams only look at which of them will be.
-            named: dict[str, Variables] = {role: {} for role, address in stage['models'].items() if address}
-            get_kind(stage['kind']).stream(self._context(name, model, named))
+            if stage['keep_optimizer'] and stage['parent'] and model.paths != self._model(stage['parent']).paths:
+                raise InputError(
+                    f'stages.{name}.keep_optimizer is True: expected False, as the stage has other parameters than '
+                    f'its parent {stage["parent"]!r}'
+                )
+            # The variables of others are not there yet; streams only look at which of them will be.
+            others: dict[str, Any] = {
+                role: (self._model(address), {}) for role, address in stage['models'].items() if address
+            }
+            get_kind(stage['kind']).stream(self._context(name, model, others))
         except ValueError as error:
             text = str(error)
             raise InputError(text if text.startswith('stages.') else f'stages.{name}: {text}') from error
 
-    def _context(self, name: str, model: Model, models: Mapping[str, Variables]) -> Context:
+    def _model(self, address: str) -> Model:
+        return Model(self.model_config(split_address(address)[0]))
+
+    def _context(self, name: str, model: Model, models: Mapping[str, tuple[Model, Variables]]) -> Context:
         stage, sources, rows = self.stages[name], self.config['sources'], self._layout(name).rows_here()
         return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models, rows)
 
@@ -317,31 +327,37 @@ class Run:
         return plan, state
 
     def _start(self, name: str, model: Model, optimizer: Any, fresh: bool) -> tuple[State, dict[str, Any]]:
-        """The state a stage begins with, and the metadata of the checkpoint it comes from."""
-        stage = self.stages[name]
+        """The state a stage begins with, and the metadata of the checkpoint it comes from.
+
+        Variables that the parent does not have are new, as in a model from scratch.
+        """
+        stage, seed = self.stages[name], self._seed(name)
         shapes = model.shapes(self.mesh)
         if fresh or not stage['parent']:
-            return initial_state(model.init(self._seed(name), self.mesh), optimizer), {}
+            return initial_state(model.init(seed, self.mesh), optimizer), {}
         parent, step = split_address(stage['parent'])
-        wanted = dict(shapes)
+        before = self._model(parent).paths
+        wanted = subtree(shapes, before.__contains__)
         if stage['keep_optimizer']:
             wanted['optimizer'] = optimizer_shapes(optimizer, shapes['params'])
-        arrays, metadata = self._restore(parent, step, wanted)
-        state = initial_state(arrays, optimizer)
+        arrays, metadata = self._restore(parent, step, wanted, part=before != model.paths)
+        state = initial_state(model.init(seed, self.mesh, arrays), optimizer)
         if stage['keep_optimizer']:
             state['optimizer'] = arrays['optimizer']
         return state, metadata
 
-    def _other(self, address: str, fresh: bool) -> Variables:
-        """The variables of another stage's checkpoint."""
+    def _other(self, address: str, fresh: bool) -> tuple[Model, Variables]:
+        """The model of another stage, with the variables of its checkpoint."""
         name, step = split_address(address)
-        model = Model(self.model_config(name))
-        return model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
+        model = self._model(name)
+        return model, model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
 
-    def _restore(self, name: str, step: int | None, wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _restore(
+        self, name: str, step: int | None, wanted: dict[str, Any], part: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         folder = Path(name) if is_folder(name) else self.workdir / name
         checkpoints = Checkpoints(folder / 'checkpoints', read_only=True)
-        restored = checkpoints.restore(wanted, step)
+        restored = checkpoints.restore(wanted, step, part)
         checkpoints.close()
         if restored is None:
             raise InputError(f'{folder}: no checkpoint to start from')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -58,14 +59,14 @@ class RolloutStream:
         task: Task,
         config: Mapping[str, Any],
         seed: int,
-        reference: Variables | None = None,
+        reference: tuple[Model, Variables] | None = None,
     ):
         """
         Args:
             config: of the stage: `prompts` a step, `samples` a prompt, `max_tokens`, `temperature`, `reward`,
                 `algorithm`, `batch_size` (rows), `sequence_length`.
             seed: folded into every random choice, with the number of the problem and of the sample.
-            reference: variables of the reference model, where the objective asks for its log-probabilities.
+            reference: the reference model and its variables, where the objective asks for its log-probabilities.
 
         Raises:
             InputError: an unknown reward or algorithm; fewer rows than trajectories.
@@ -79,9 +80,9 @@ class RolloutStream:
                 f'{config["prompts"] * config["samples"]}, so that answers of any length fit'
             )
         self._model, self._tokenizer, self._task, self._config = model, tokenizer, task, config
-        self._seed, self._reference = seed, reference
+        self._seed = seed
         self.rows = range(config['batch_size'])  # every process has all of them: they come from one sampler
-        self._score = jax.jit(lambda variables, b: _logprobs(model, variables, b))
+        self._reference = reference and (jax.jit(functools.partial(_logprobs, reference[0])), reference[1])
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
         """The batch of `step`, sampled by `variables`, and a state with its metrics and the FLOPs of sampling."""
@@ -114,7 +115,8 @@ class RolloutStream:
         ]
         batch = self._pack([(t, float(a)) for t, a in trajectories if a != 0])
         if self._reference is not None:
-            batch['reference_logprob'] = fetch(self._score(self._reference, batch))
+            score, weights = self._reference
+            batch['reference_logprob'] = fetch(score(weights, batch))
         answers = [completion for group in completions for completion in group]
         sampled = sum(len(answer.tokens) for answer in answers)
         read = sum(len(prompt) for prompt in tokens) + sampled

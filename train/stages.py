@@ -32,7 +32,7 @@ class Context:
 
     Attributes:
         name: of the stage; config: its fields; sources: all sources of the run by name; seed: of the stage.
-        models: variables of the other models the stage names (`models.reference`, ...), by role.
+        models: the other models the stage names (`models.reference`, ...), each with its variables, by role.
         rows: the rows of the global batch that this process builds; all by default.
     """
 
@@ -42,7 +42,7 @@ class Context:
     model: Model
     tokenizer: Tokenizer
     seed: int
-    models: Mapping[str, Variables]
+    models: Mapping[str, tuple[Model, Variables]]
     rows: Sequence[int] | None = None
 
     @property
