@@ -25,6 +25,7 @@ TEXT_SUFFIXES = ('.txt', '.md', '.rst', '.py', '.html', '.tex', '.txt.gz')
 
 _CONTENT_FIELDS = ('text', 'messages', 'tokens', 'prompt', 'completion')
 _ROW_GROUPS_KEPT = 8
+JUDGED = frozenset(('chosen', 'label', 'steps'))  # records of `data.preferences` have one of these
 
 
 def check_record(value: Any, field: str, where: str) -> Record:
@@ -32,13 +33,14 @@ def check_record(value: Any, field: str, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise InputError(f'{where}: expected an object, got {type(value).__name__}')
     check_fields(value.keys(), field, where)
+    judged = not field and bool(JUDGED & value.keys())  # its own reader checks the rest
     for name in [field] if field else ['text', 'prompt', 'completion']:
-        if not isinstance(value.get(name, ''), str):
+        if not judged and not isinstance(value.get(name, ''), str):
             raise InputError(f'{where}: {name}: expected a string, got {type(value[name]).__name__}')
     if field:
         kept = {key: item for key, item in value.items() if key not in (*_CONTENT_FIELDS, field)}
         return {**kept, 'text': value[field]}
-    if 'messages' in value:
+    if 'messages' in value and not judged:
         try:
             check_messages(value['messages'])
         except InputError as error:
@@ -51,9 +53,9 @@ def check_fields(names: Collection[str], field: str, where: str) -> None:
     names = set(names)
     if field and field not in names:
         raise InputError(f'{where}: no field {field!r}; it has {", ".join(sorted(names)) or "none"}')
-    if not (field or {'text', 'messages', 'tokens'} & names or {'prompt', 'completion'} <= names):
+    if not (field or ({'text', 'messages', 'tokens'} | JUDGED) & names or {'prompt', 'completion'} <= names):
         raise InputError(
-            f'{where}: expected text, messages, tokens, or prompt and completion; it has '
+            f'{where}: expected text, messages, tokens, prompt and completion, or chosen and rejected; it has '
             f'{", ".join(sorted(names)) or "none"} (option field names the text)'
         )
 

@@ -1,6 +1,7 @@
 """One record to tokens and loss weights, and tokens into the rows of a batch."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,44 @@ class RowWriter:
         self._row['loss_weight'][begin:end] = loss_weight
         self._row['loss_weight'][begin] = 0
         self._filled = end
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Tokens that stand together: int [n], their loss weights float [n], and further numbers of theirs, [n, ...] each,
+    by the names of the arrays of a batch."""
+
+    tokens: Sequence[int]
+    loss_weight: np.ndarray
+    stamps: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+def pack(units: Sequence[Sequence[Segment]], batch: Batch) -> None:
+    """Writes units of segments, none of them torn apart, into the rows of an empty batch: longest first, each into the
+    first row with room, in the order given within a row of equals. The last rows may stay empty.
+
+    Raises InputError for a unit longer than a row, or more units than fit.
+    """
+    rows, length = batch['tokens'].shape
+    used: list[int] = []
+    writers: list[RowWriter] = []
+    size = lambda unit: sum(len(segment.tokens) for segment in unit)  # noqa: E731
+    for unit in sorted(units, key=size, reverse=True):
+        needed = size(unit)
+        if needed > length:
+            raise InputError(f'{needed} tokens that belong together: expected sequence_length of that or more')
+        row = next((i for i, n in enumerate(used) if n + needed <= length), len(used))
+        if row == rows:
+            raise InputError(f'{len(units)} answers or pairs do not fit into batch_size = {rows} rows of {length}')
+        if row == len(used):
+            used.append(0)
+            writers.append(RowWriter(batch, row))
+        for segment in unit:
+            place = slice(used[row], used[row] + len(segment.tokens))
+            writers[row].write(np.asarray(segment.tokens, np.int32), segment.loss_weight)
+            for name, values in segment.stamps.items():
+                batch[name][row, place] = values
+            used[row] = place.stop
 
 
 def _pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -31,14 +31,14 @@ class Order:
 
     def __init__(self, name: str, source: Source, seed: int):
         self._name = name
-        self._source = source
+        self.source = source
         self._size = len(source)
         self._seed = seed
         self.endless = getattr(source, 'endless', False)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The record at a position of the order; positions run on from epoch to epoch."""
-        return self._source[self.index(position)]
+        return self.source[self.index(position)]
 
     def index(self, position: int) -> int:
         """Which record of the source that is."""
@@ -74,7 +74,14 @@ class Row:
     """Row `row` of `rows`: it owns records row, row + rows, ... of every source's order."""
 
     def __init__(
-        self, row: int, rows: int, orders: Mapping[str, Order], tokenizer: Tokenizer, seed: int, split_documents: bool
+        self,
+        row: int,
+        rows: int,
+        orders: Mapping[str, Order],
+        tokenizer: Tokenizer,
+        seed: int,
+        split_documents: bool,
+        per_example: bool = False,
     ):
         self._row = row
         self._stride = rows
@@ -82,6 +89,7 @@ class Row:
         self._tokenizer = tokenizer
         self._seed = seed
         self._split = split_documents
+        self._per_example = per_example
         self._segments = 0
         self._progress = {name: _Progress() for name in orders}
         self._open: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # each source's next record, tokenised once
@@ -164,7 +172,8 @@ class Row:
         position = self._row + self._progress[name].cursor * self._stride
         order = self._orders[name]
         try:
-            return encode_record(order[position], self._tokenizer)
+            tokens, weight = encode_record(order[position], self._tokenizer)
+            return tokens, weight / max(weight.sum(), 1.0) if self._per_example else weight
         except InputError as error:
             raise InputError(f'source {name!r}, record {order.index(position)}: {error}') from error
 

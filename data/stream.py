@@ -38,6 +38,8 @@ class Stream(Protocol):
 
     def restore(self, state: State) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class RowStream:
     """Rows packed from sources in the proportions of a mixture."""
@@ -54,6 +56,7 @@ class RowStream:
         seed: int,
         split_documents: bool = True,
         rows_here: Sequence[int] | None = None,
+        per_example: bool = False,
     ):
         """
         Args:
@@ -62,6 +65,8 @@ class RowStream:
           split_documents: whether a record may be cut at the end of a row. If not, one that does not fit goes to the
             next row and the rest of this one is padding; one longer than a row is skipped and counted.
           rows_here: the rows this process builds; all by default.
+          per_example: whether a record's loss weights are divided by their sum, so that short ones count as much as
+            long ones.
 
         Raises InputError for a mixture that does not match the sources, and for an empty source.
         """
@@ -79,7 +84,7 @@ class RowStream:
         self._steps = steps
         self.rows: Sequence[int] = range(rows) if rows_here is None else rows_here
         orders = {name: Order(name, source, seed) for name, source in sources.items()}
-        self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents) for row in self.rows}
+        self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents, per_example) for row in self.rows}
         self._step = 0
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
@@ -106,6 +111,9 @@ class RowStream:
                 raise InputError(f'stream state: no row {number} in it')
             row.restore(state['rows'][str(number)])
         self._step = state['step']
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _state(self) -> State:
         rows = {str(number): row.state() for number, row in self._rows.items()}

@@ -303,7 +303,7 @@ def test_grpo_takes_the_reward_on_one_prompt_to_one(run: Any) -> None:
 
     plan, _ = made.begin('grpo', fresh=True)
     stage = made.stages['grpo']
-    stream = RolloutStream(plan.model, small_tokenizer(), OneProblem(), stage, seed=0)  # type: ignore[arg-type]
+    stream = RolloutStream(plan.model, small_tokenizer(), [OneProblem()], stage, seed=0)  # type: ignore[arg-type]
     with jax.set_mesh(plan.layout.mesh):
         state = initial_state({name: state[name] for name in ('params', 'balance')}, plan.optimizer)
     train(dataclasses.replace(plan, stream=stream), state)

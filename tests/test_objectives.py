@@ -18,16 +18,17 @@ from model.sharding import make_mesh
 from model.transformer import Model
 from train.objectives import (
     Objective,
-    clipped_policy_gradient,
     joined,
     next_token,
     regularizers,
     segment_count,
     total_loss,
 )
+from train.policy import policy_gradient
+from train.stages import stage_defaults
 from train.step import initial_state, make_step
 
-SURROGATE = {'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.1}
+SURROGATE = {**stage_defaults('grpo')['loss'], 'kl_coefficient': 0.1}
 LOSSES = {'multi_token': 0.3, 'z_loss': 1e-3, 'sequence_balance': 1e-2, 'batch_balance': 0.0}
 
 
@@ -56,6 +57,7 @@ def fake_output(seed: int = 0) -> tuple[Output, dict[str, np.ndarray]]:
         tokens=jnp.asarray(tokens),
         segments=jnp.asarray(segments),
         temperature=jnp.float32(0.7),
+        value_head=None,
         statistics={'sequence_balance': jnp.array([1.5, 2.0]), 'batch_balance': jnp.array([1.1, 1.2])},
         entries={},
         chunk=8,
@@ -113,7 +115,7 @@ def test_clipped_policy_gradient_is_the_reference() -> None:
     surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.28) * advantage)
     gap = batch['reference_logprob'] - logprob
     kl = np.exp(gap) - gap - 1
-    objective = clipped_policy_gradient(SURROGATE)
+    objective = policy_gradient(SURROGATE)
     terms, metrics = objective.terms(output, batch)
     assert_close(terms['policy'], -(surrogate * weight).sum())
     assert_close(terms['kl'], (kl * weight).sum())
@@ -127,7 +129,7 @@ def test_clipped_policy_gradient_is_the_reference() -> None:
 
 def test_a_clipped_ratio_has_no_gradient_and_an_open_one_has() -> None:
     """Both sides of both bounds: what is clipped is what would go on in the direction the advantage asks for."""
-    objective = clipped_policy_gradient({**SURROGATE, 'kl_coefficient': 0.0})
+    objective = policy_gradient({**SURROGATE, 'kl_coefficient': 0.0})
     ones = jnp.ones((1, 1))
 
     def surrogate(logprob: jax.Array, advantage: float) -> jax.Array:
@@ -184,7 +186,7 @@ def test_segments_are_counted_one_by_one() -> None:
     assert float(segment_count({'segments': segments})) == 6
 
 
-@pytest.mark.parametrize('main', [next_token(), clipped_policy_gradient(SURROGATE)], ids=['next_token', 'policy'])
+@pytest.mark.parametrize('main', [next_token(), policy_gradient(SURROGATE)], ids=['next_token', 'policy'])
 def test_a_batch_without_weight_has_loss_zero_and_no_gradient(main: Objective) -> None:
     output, batch = fake_output()
     batch['loss_weight'] = np.zeros_like(batch['loss_weight'])
@@ -201,7 +203,8 @@ def test_a_batch_without_weight_has_loss_zero_and_no_gradient(main: Objective) -
 
 
 def vars_of(output: Output) -> dict[str, Any]:
-    names = ('hidden', 'multi_token', 'head', 'tokens', 'segments', 'temperature', 'statistics', 'entries', 'chunk')
+    names = ('hidden', 'multi_token', 'head', 'tokens', 'segments', 'temperature', 'statistics', 'entries')
+    names += ('value_head', 'chunk')
     return {name: getattr(output, name) for name in names}
 
 
@@ -247,7 +250,7 @@ def laid_out(rows: int, length: int) -> dict[str, np.ndarray]:
 @functools.cache
 def stepped(rows: int, length: int, microbatches: int, mesh: Mesh) -> dict[str, float]:
     """The metrics of one step from the same weights, under both objectives at once (compilation is what takes time)."""
-    main = joined(next_token(), clipped_policy_gradient(SURROGATE))
+    main = joined(next_token(), policy_gradient(SURROGATE))
     config = model_config(num_nextn_predict_layers=1, num_hidden_layers=1, initializer_range=0.2)
     objective = joined(main, regularizers(LOSSES, depths=1, is_moe=True))
     model, optimizer = Model(config), optax.sgd(0.0)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from collections import Counter
 from typing import Any
 
@@ -17,9 +18,14 @@ from data.tasks import Prompt, Verdict, get_task
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.algorithms import group_relative, rejection
-from train.objectives import clipped_policy_gradient, joined, regularizers
-from train.rollout import RolloutStream, chat_prompt, format_reward, random_reward, verifier_reward
-from train.sampler import Completion, row_keys, sample_tokens
+from train.episodes import chat_prompt
+from train.objectives import joined, regularizers
+from train.policy import policy_gradient
+from train.rewards import Answer, format_reward, random_reward, verifier_reward
+from train.rollout import RolloutStream
+from train.sampler import row_keys, sample_tokens
+from train.scoring import Other
+from train.stages import stage_defaults
 from train.step import initial_state, make_step
 
 PROMPTS, SAMPLES = 3, 8
@@ -66,8 +72,10 @@ def stream(task: Any = None, **changes: Any) -> RolloutStream:
     settings = get_config().stages.grpo.to_dict()
     settings |= {'prompts': PROMPTS, 'samples': SAMPLES, 'batch_size': ROWS, 'sequence_length': 64, 'max_tokens': 12}
     settings |= {'temperature': 1.3, 'algorithm': 'grpo', 'reward': 'verifier'}
-    reference = changes.pop('reference', None)
-    return RolloutStream(model()[0], tokenizer(), task or Scored(), {**settings, **changes}, 11, reference)
+    others = changes.pop('others', {})
+    stamps = changes.pop('stamps', ())
+    tasks = changes.pop('tasks', [task or Scored()])
+    return RolloutStream(model()[0], tokenizer(), tasks, {**settings, **changes}, 11, others, stamps)
 
 
 @functools.cache
@@ -81,7 +89,7 @@ def batch(
 @functools.cache
 def step_function() -> Any:
     losses = {'multi_token': 0.0, 'z_loss': 0.0, 'sequence_balance': 0.0, 'batch_balance': 0.0}
-    surrogate = clipped_policy_gradient({'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.0})
+    surrogate = policy_gradient(stage_defaults('grpo')['loss'])
     optimizer = optax.adam(0.1)
     with jax.set_mesh(one_device()):
         state = initial_state(model()[1], optimizer)
@@ -108,17 +116,18 @@ def test_group_relative_advantages() -> None:
 def test_rewards_and_their_control_arms() -> None:
     task = get_task('arithmetic', split='train', operations=1)
     problem = task.prompt(0)
-    right = Completion(problem.reference, [1, 2], [0.0, 0.0], stopped=True)
-    wrong = Completion('1 + 1 = 3\nAnswer: 1000000', [1, 2], [0.0, 0.0], stopped=True)
-    formless = Completion('I do not know', [1, 2], [0.0, 0.0], stopped=True)
-    endless = Completion(problem.reference, [1, 2], [0.0, 0.0], stopped=False)
-    assert [verifier_reward(task, problem, x, 0) for x in (right, wrong, formless, endless)] == [1.0, 0.0, 0.0, 0.0]
-    assert [format_reward(task, problem, x, 0) for x in (right, wrong, formless, endless)] == [1.0, 1.0, 0.0, 0.0]
+
+    def answer(text: str, stopped: bool = True, number: int = 0, of: Prompt = problem) -> Answer:
+        return Answer(task, of, task.verify(of, text), text, number, stopped)
+
+    right, wrong = answer(problem.reference), answer('1 + 1 = 3\nAnswer: 1000000')
+    formless, endless = answer('I do not know'), answer(problem.reference, stopped=False)
+    assert [verifier_reward(x) for x in (right, wrong, formless, endless)] == [1.0, 0.0, 0.0, 0.0]
+    assert [format_reward(x) for x in (right, wrong, formless, endless)] == [1.0, 1.0, 0.0, 0.0]
     problems = [task.prompt(index) for index in range(50)]
-    coins = [random_reward(task, p, right, number) for p in problems for number in range(8)]
-    assert coins == [
-        random_reward(task, p, endless, number) for p in problems for number in range(8)
-    ]  # blind, repeatable
+    coins = [random_reward(answer('1', True, number, p)) for p in problems for number in range(8)]
+    blind = [random_reward(answer('2', False, number, p)) for p in problems for number in range(8)]
+    assert coins == blind
     assert set(coins) == {0.0, 1.0} and 0.4 < np.mean(coins) < 0.6
     groups = np.array(coins).reshape(50, 8)
     assert (groups.min(1) < groups.max(1)).mean() > 0.9  # a problem's samples are told apart
@@ -147,7 +156,7 @@ def test_answers_are_stamped_and_the_stop_token_is_learnt() -> None:
 
 def test_the_trainer_scores_as_the_sampler_did() -> None:
     """Temperature, routing by the biases and packing included: the stream scores its batch by the sampling weights."""
-    arrays, _ = stream(reference=model()).next(0, model()[1])
+    arrays, _ = stream(others={'reference': Other(*model())}, stamps=('reference_logprob',)).next(0, model()[1])
     learnt = arrays['loss_weight'] > 0
     np.testing.assert_allclose(arrays['reference_logprob'][learnt], arrays['behavior_logprob'][learnt], atol=1e-4)
     assert float(arrays['temperature']) == np.float32(1.3)
@@ -199,13 +208,17 @@ def test_loss_does_not_depend_on_how_answers_are_packed() -> None:
 
 
 def test_steps_pose_new_problems_and_a_step_repeats_itself() -> None:
-    """A resumed run has to sample what the killed one did, from the number of the step alone."""
-    again, _ = stream().next(1, model()[1])
-    later, state = batch(step=1)
+    """A resumed run has to sample what the killed one did, from the state alone, which JSON has carried."""
+    first = stream()
+    _, before = first.next(0, model()[1])
+    later, state = first.next(1, model()[1])
+    resumed = stream()
+    resumed.restore(json.loads(json.dumps(before)))
+    again, _ = resumed.next(1, model()[1])
     for name, x in later.items():
         np.testing.assert_array_equal(x, again[name], err_msg=name)
     assert state['sample']['prompt'] == f'say {PROMPTS}'
-    assert batch(step=0)[1]['sample']['prompt'] == 'say 0'
+    assert before['sample']['prompt'] == 'say 0'
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from model.config import ModelConfig
 from model.sharding import make_mesh, named_sharding
 from model.transformer import Model
 from tests.tiny import EVERYTHING, assert_trees_close, packed, randomized, tiny
-from train.objectives import Objective, clipped_policy_gradient, joined, next_token, regularizers, total_loss
+from train.objectives import Objective, joined, next_token, regularizers, total_loss
+from train.policy import policy_gradient
+from train.stages import stage_defaults
 from train.step import initial_state, make_step
 
 REGULARIZERS = {'multi_token': 0.3, 'z_loss': 0.01, 'sequence_balance': 0.1, 'batch_balance': 0.1}
-SURROGATE = {'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.1}
+SURROGATE = {**stage_defaults('grpo')['loss'], 'kl_coefficient': 0.1}
 # Rounds of dispatch hold less than a fair share, so that there are several.
 LATENT = tiny(**{**EVERYTHING, 'num_nextn_predict_layers': 1}, num_hidden_layers=2, round_capacity=0.3, value_head=True)
 GROUPED = tiny(attention='gqa', num_hidden_layers=1, first_k_dense_replace=0, scoring_func='softmax', value_head=True)
@@ -59,7 +61,7 @@ OBJECTIVES = {
     'pretrain': joined(next_token(), regularizers(REGULARIZERS, depths=1, is_moe=True)),
     'pairs': preferences(),
     'distillation': distillation(),
-    'grpo': clipped_policy_gradient(SURROGATE),
+    'grpo': policy_gradient(SURROGATE),
 }
 
 

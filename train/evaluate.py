@@ -26,8 +26,8 @@ from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.checkpoint import load
 from train.command import command
+from train.episodes import chat_prompt
 from train.host import fetch, prepare
-from train.rollout import chat_prompt
 from train.sampler import row_keys, sample_tokens
 from train.statistics import interval, pass_at_k
 

@@ -17,7 +17,6 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.rows import sample_texts
 from data.sources import open_source
-from data.stream import Prefetch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
@@ -27,6 +26,7 @@ from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
 from train.optimizer import learning_rate, make_optimizer
+from train.scoring import Other
 from train.stages import Context, get_kind, stage_objective
 from train.step import Layout, State, initial_state, optimizer_shapes
 
@@ -159,9 +159,7 @@ class Run:
                     f'its parent {stage["parent"]!r}'
                 )
             # The variables of others are not there yet; streams only look at which of them will be.
-            others: dict[str, Any] = {
-                role: (self._model(address), {}) for role, address in stage['models'].items() if address
-            }
+            others = {role: Other(self._model(at), {}) for role, at in stage['models'].items() if at}
             get_kind(stage['kind']).stream(self._context(name, model, others))
         except ValueError as error:
             text = str(error)
@@ -170,9 +168,10 @@ class Run:
     def _model(self, address: str) -> Model:
         return Model(self.model_config(split_address(address)[0]))
 
-    def _context(self, name: str, model: Model, models: Mapping[str, tuple[Model, Variables]]) -> Context:
-        stage, sources, rows = self.stages[name], self.config['sources'], self._layout(name).rows_here()
-        return Context(name, stage, sources, model, self.tokenizer, self._seed(name), models, rows)
+    def _context(self, name: str, model: Model, models: Mapping[str, Other]) -> Context:
+        stage, sources, folder = self.stages[name], self.config['sources'], self.workdir / name
+        seed, layout = self._seed(name), self._layout(name)
+        return Context(name, stage, sources, model, self.tokenizer, seed, models, layout, folder)
 
     def _layout(self, name: str) -> Layout:
         stage = self.stages[name]
@@ -275,8 +274,7 @@ class Run:
 
         plan, state = self.begin(name)
         state, spent = train(plan, state)
-        if isinstance(plan.stream, Prefetch):
-            plan.stream.close()
+        plan.stream.close()
         variables = {'params': state['params'], 'balance': state['balance']}
         results = self._evaluate(name, plan.model, variables)
         write_json(
@@ -346,11 +344,13 @@ class Run:
             state['optimizer'] = arrays['optimizer']
         return state, metadata
 
-    def _other(self, address: str, fresh: bool) -> tuple[Model, Variables]:
+    def _other(self, address: str, fresh: bool) -> Other:
         """The model of another stage, with the variables of its checkpoint."""
         name, step = split_address(address)
         model = self._model(name)
-        return model, model.init(0, self.mesh) if fresh else self._restore(name, step, model.shapes(self.mesh))[0]
+        if fresh:
+            return Other(model, model.init(0, self.mesh))
+        return Other(model, self._restore(name, step, model.shapes(self.mesh))[0])
 
     def _restore(
         self, name: str, step: int | None, wanted: dict[str, Any], part: bool = False

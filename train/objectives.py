@@ -61,6 +61,17 @@ def segment_count(batch: Batch) -> jax.Array:
     return jnp.sum((segments > 0) & (segments != before)).astype(jnp.float32)
 
 
+def per_segment(x: jax.Array, segments: jax.Array) -> jax.Array:
+    """Sums over the segments of each row: x [..., T] -> [rows, S]; column k is segment k + 1, S is even.
+
+    Args:
+        x, segments: of one shape; leading dimensions become rows.
+    """
+    length = segments.shape[-1]
+    sums = jax.vmap(lambda x, s: jax.ops.segment_sum(x, s, num_segments=length // 2 * 2 + 1))
+    return sums(x.reshape(-1, length), segments.reshape(-1, length))[:, 1:]
+
+
 def regularizers(config: Mapping[str, Any], depths: int, is_moe: bool) -> Objective:
     """The terms any stage may add to its own: multi-token prediction, z-loss and the two balance losses.
 
@@ -143,43 +154,3 @@ def next_token() -> Objective:
         return {'next_token': loss}, {'next_token_loss': (loss, weight.sum())}
 
     return Objective(denominators, terms, {'next_token': 1.0})
-
-
-def clipped_policy_gradient(config: Mapping[str, Any]) -> Objective:
-    """The clipped surrogate over sampled tokens, averaged over all tokens of the batch, with a KL penalty if asked.
-
-    loss = mean_t -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t), r_t = p(token) / p_sampler(token)
-    (Schulman et al. 2017, equation 7; one mean over all tokens and two clip widths as in DAPO, Yu et al. 2025,
-    equations 8 to 10). The ratio is to the sampler's own log-probabilities, so what sampler and trainer disagree on
-    is clipped as well. KL is the estimator k3 = exp(ref - p) - (ref - p) - 1 (Schulman 2020), inside the loss (Shao et
-    al. 2024, equation 4), when `kl_coefficient` is not 0.
-
-    The batch carries `advantage`, `behavior_logprob` and, for the penalty, `reference_logprob`, float32 [B, T], and
-    `temperature`.
-    """
-    low, high, kl = float(config['clip_low']), float(config['clip_high']), float(config['kl_coefficient'])
-
-    def denominators(batch: Batch) -> Terms:
-        tokens = batch['loss_weight'].sum()
-        return {'policy': tokens, 'kl': tokens} if kl else {'policy': tokens}
-
-    def terms(output: Output, batch: Batch) -> tuple[Terms, Metrics]:
-        weight, advantage = batch['loss_weight'], batch['advantage']
-        count = weight.sum()
-        difference = jnp.where(weight > 0, output.logprob - batch['behavior_logprob'], 0.0)
-        ratio = jnp.exp(difference)
-        clipped = jnp.clip(ratio, 1 - low, 1 + high)
-        surrogate = jnp.minimum(ratio * advantage, clipped * advantage)
-        sums = {'policy': -jnp.sum(surrogate * weight)}
-        metrics = {
-            'entropy': (jnp.sum(output.entropy * weight), count),
-            'clipped_share': (jnp.sum((ratio * advantage > surrogate) * weight), count),
-            'sampler_difference': (jnp.sum(jnp.abs(jax.lax.stop_gradient(difference)) * weight), count),
-        }
-        if kl:
-            gap = jnp.where(weight > 0, batch['reference_logprob'] - output.logprob, 0.0)
-            sums['kl'] = jnp.sum((jnp.exp(gap) - gap - 1) * weight)
-            metrics['kl'] = (sums['kl'], count)
-        return sums, metrics
-
-    return Objective(denominators, terms, {'policy': 1.0, 'kl': kl} if kl else {'policy': 1.0})

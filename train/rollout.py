@@ -1,54 +1,34 @@
-"""The on-policy stream: problems of a task, answered by the model in training, judged, packed with their advantages."""
+"""The on-policy stream: problems of tasks, answered by the model in training, judged, packed with their advantages."""
 
 from __future__ import annotations
 
-import functools
-import zlib
-from collections.abc import Callable, Mapping
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from data.chat import render_chat
 from data.errors import InputError, did_you_mean
-from data.packing import Batch, RowWriter, empty_batch
+from data.packing import Batch, Segment, empty_batch, pack
 from data.stream import State
-from data.tasks import Prompt, Task, final_answer
+from data.tasks import Task
 from data.tokenizer import Tokenizer
-from model.transformer import Model, Variables
-from train.algorithms import Trajectory, group_relative, rejection
-from train.host import fetch
+from model.transformer import Model
+from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
+from train.curriculum import Levels
+from train.episodes import Episode, play
+from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
+from train.scoring import Other, Scorer
 
-Reward = Callable[[Task, Prompt, Completion, int], float]
-
-
-def verifier_reward(task: Task, prompt: Prompt, completion: Completion, number: int) -> float:
-    """The verifier's score; an answer that did not end by itself earns nothing."""
-    return task.verify(prompt, completion.text).score if completion.stopped else 0.0
-
-
-def format_reward(task: Task, prompt: Prompt, completion: Completion, number: int) -> float:
-    """A control arm: 1 for any answer in the right form, right or wrong."""
-    return float(completion.stopped and final_answer(completion.text) is not None)
-
-
-def random_reward(task: Task, prompt: Prompt, completion: Completion, number: int) -> float:
-    """A control arm: a coin thrown for each problem and sample, blind to the answer."""
-    return float(zlib.crc32(f'{prompt.key} {number}'.encode()) & 1)
-
-
-REWARDS: dict[str, Reward] = {'verifier': verifier_reward, 'format': format_reward, 'random': random_reward}
-ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    'grpo': lambda rewards: group_relative(rewards, normalize=True),
-    'dr_grpo': lambda rewards: group_relative(rewards, normalize=False),
-    'rejection': rejection,
-}
+STAMPS = ('old_logprob', 'reference_logprob', 'old_value', 'value_target')  # beyond advantage and behavior_logprob
+WEIGHTS = ('token', 'answer', 'constant')
 
 
 class RolloutStream:
-    """Batches of freshly sampled answers. Every step samples anew; nothing is left over between steps."""
+    """Batches of freshly sampled answers. One rollout serves `epochs` passes over `minibatches` batches each."""
 
     work = 'sampling'
 
@@ -56,118 +36,275 @@ class RolloutStream:
         self,
         model: Model,
         tokenizer: Tokenizer,
-        task: Task,
+        tasks: Sequence[Task],
         config: Mapping[str, Any],
         seed: int,
-        reference: tuple[Model, Variables] | None = None,
+        others: Mapping[str, Other] | None = None,
+        stamps: Sequence[str] = (),
     ):
         """
         Args:
-            config: of the stage: `prompts` a step, `samples` a prompt, `max_tokens`, `temperature`, `reward`,
-                `algorithm`, `batch_size` (rows), `sequence_length`.
+            tasks: levels of difficulty, of which `curriculum` chooses; most often one.
+            config: of the stage (see `train.stages`).
             seed: folded into every random choice, with the number of the problem and of the sample.
-            reference: the reference model and its variables, where the objective asks for its log-probabilities.
+            others: reference, reward model and teachers, by role ('reference', 'reward', 'teacher...').
+            stamps: names of STAMPS that batches hold.
 
         Raises:
-            InputError: an unknown reward or algorithm; fewer rows than trajectories.
+            InputError: an unknown reward, algorithm or weighting; fewer rows than trajectories of a batch.
         """
-        for field, known in (('reward', REWARDS), ('algorithm', ADVANTAGES)):
-            if config[field] not in known:
-                raise InputError(f'{field} is {config[field]!r}{did_you_mean(config[field], known)}')
-        if config['batch_size'] < config['prompts'] * config['samples']:
+        c = config
+        for field, known in (('reward', REWARDS), ('algorithm', ALGORITHMS), ('weighting', WEIGHTS)):
+            if c[field] not in known:
+                raise InputError(f'{field} is {c[field]!r}{did_you_mean(c[field], known)}')
+        answers = c['prompts'] * c['samples']
+        if c['batch_size'] < -(-answers // c['minibatches']):
             raise InputError(
-                f'batch_size is {config["batch_size"]}: expected at least prompts * samples = '
-                f'{config["prompts"] * config["samples"]}, so that answers of any length fit'
+                f'batch_size is {c["batch_size"]}: expected at least prompts * samples / minibatches = '
+                f'{-(-answers // c["minibatches"])}, so that answers of any length fit'
             )
-        self._model, self._tokenizer, self._task, self._config = model, tokenizer, task, config
-        self._seed = seed
-        self.rows = range(config['batch_size'])  # every process has all of them: they come from one sampler
-        self._reference = reference and (jax.jit(functools.partial(_logprobs, reference[0])), reference[1])
+        self._model, self._tokenizer, self._config, self._seed = model, tokenizer, config, seed
+        self._others, self._stamps = dict(others or {}), tuple(stamps)
+        self._levels = Levels(tasks, seed, c['curriculum'])
+        self._updates = c['epochs'] * c['minibatches']
+        self._scorers = {
+            role: Scorer(other.model, tokenizer.pad_id, c)
+            for role, other in {'': Other(model, {}), **self._others}.items()
+        }
+        self.rows = range(c['batch_size'])  # every process has all of them: they come from one sampler
+        self._position = 0  # problems posed so far
+        self._kl_coefficient = float(c['kl_reward'])
+        self._waiting: list[list[Trajectory]] = []  # minibatches of the last rollout that are still to come
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
-        """The batch of `step`, sampled by `variables`, and a state with its metrics and the FLOPs of sampling."""
-        c = self._config
-        indices = range(step * c['prompts'], (step + 1) * c['prompts'])
-        prompts = [self._task.prompt(index) for index in indices]
-        tokens = [chat_prompt(prompt, self._tokenizer) for prompt in prompts]
-        completions = sample_tokens(
-            self._model,
-            variables,
-            self._tokenizer,
-            tokens,
-            samples=c['samples'],
-            temperature=c['temperature'],
-            max_tokens=c['max_tokens'],
-            keys=row_keys(self._seed, indices, c['samples']),
-        )
-        reward = REWARDS[c['reward']]
-        rewards = np.array(
-            [
-                [reward(self._task, prompt, completion, number) for number, completion in enumerate(group)]
-                for prompt, group in zip(prompts, completions, strict=True)
-            ]
-        )
-        advantages = ADVANTAGES[c['algorithm']](rewards)
-        trajectories = [
-            (Trajectory(tokens[g], completion.tokens, completion.logprobs, g, rewards[g, s]), advantages[g, s])
-            for g, group in enumerate(completions)
-            for s, completion in enumerate(group)
-        ]
-        batch = self._pack([(t, float(a)) for t, a in trajectories if a != 0])
-        if self._reference is not None:
-            score, weights = self._reference
-            batch['reference_logprob'] = fetch(score(weights, batch))
-        answers = [completion for group in completions for completion in group]
-        sampled = sum(len(answer.tokens) for answer in answers)
-        read = sum(len(prompt) for prompt in tokens) + sampled
-        metrics = {
-            'reward/mean': float(rewards.mean()),
-            'reward/equal_groups': float((rewards.min(1) == rewards.max(1)).mean()),
-            'rollout/answer_tokens': sampled / len(answers),
-            'rollout/stopped': float(np.mean([answer.stopped for answer in answers])),
-        }
-        flops = read * self._model.flops_per_token(c['sequence_length'], backward=False)
-        example = {'prompt': prompts[0].text, 'completion': answers[0].text, 'score': float(rewards[0, 0])}
-        return batch, {'step': step + 1, 'flops': flops, 'metrics': metrics, 'sampled': sampled, 'sample': example}
+        """The batch of `step`; where it is the first of a rollout, sampled by `variables`. The state after it holds
+        metrics and the FLOPs of sampling and scoring."""
+        said: dict[str, Any] = {}
+        if step % self._updates == 0:
+            groups, said = self._rollout(variables)
+            self._waiting = self._minibatches(groups, step // self._updates)
+        batch = self._pack(self._waiting.pop(0))
+        waiting = [[_plain(t) for t in minibatch] for minibatch in self._waiting]
+        state = {'step': step + 1, 'position': self._position, 'levels': self._levels.state(), 'waiting': waiting}
+        return batch, {**state, 'kl_coefficient': self._kl_coefficient, **said}
 
     def restore(self, state: State) -> None:
-        """Nothing is kept between steps: a step's prompts and keys follow from its number."""
+        """Goes on after the batch that `state` came with."""
+        self._position, self._kl_coefficient = state['position'], state['kl_coefficient']
+        self._levels.restore(state['levels'])
+        self._waiting = [[_trajectory(fields) for fields in minibatch] for minibatch in state['waiting']]
 
-    def _pack(self, trajectories: list[tuple[Trajectory, float]]) -> Batch:
-        """Whole trajectories into rows, longest first, each into the first row with room; the last rows stay empty.
+    def close(self) -> None:
+        """Nothing is held."""
 
-        A group of equal rewards has advantage 0 throughout: it has no gradient, and is left out.
+    def _rollout(self, variables: Any) -> tuple[list[list[Trajectory]], dict[str, Any]]:
+        """Groups of answers with their advantages, and what is to be known of them.
+
+        With `refills`, groups whose answers all earned the same are replaced by further problems, up to so many times
+        as many problems again (dynamic sampling; Yu et al. 2025, "DAPO", section 3.2).
         """
         c = self._config
+        kept: list[list[Trajectory]] = []
+        seen: list[list[Trajectory]] = []
+        sampled: list[Episode] = []
+        for _ in range(1 + c['refills']):
+            groups, episodes, example = self._draw(variables)
+            sampled += episodes
+            seen += groups
+            earned = returns(groups)
+            uneven = earned.max(1) > earned.min(1)
+            kept += [group for group, keep in zip(groups, uneven, strict=True) if keep or not c['refills']]
+            if len(kept) >= c['prompts']:
+                break
+        kept = kept[: c['prompts']]
+        passes = self._score(kept, variables)
+        metrics = self._with_kl(kept)
+        earned = returns(seen)
+        ALGORITHMS[c['algorithm']](kept, c)
+        tokens = sum(sum(e.learnt) for e in sampled)
+        read = sum(len(group[0].prompt) for group in seen) + sum(len(e.tokens) for e in sampled)
+        metrics |= {
+            'reward/mean': float(earned.mean()),
+            'reward/equal_groups': float((earned.max(1) == earned.min(1)).mean()),
+            'rollout/answer_tokens': tokens / len(sampled),
+            'rollout/stopped': float(np.mean([e.stopped for e in sampled])),
+            **self._levels.metrics(),
+        }
+        if c['refills']:
+            metrics['rollout/problems'] = float(len(seen))
+        flops = (read + passes) * self._model.flops_per_token(c['sequence_length'], backward=False)
+        return kept, {'flops': flops, 'metrics': metrics, 'sampled': tokens, 'sample': example}
+
+    def _draw(self, variables: Any) -> tuple[list[list[Trajectory]], list[Episode], dict[str, Any]]:
+        """Answers to the next `prompts` problems, rewarded; and the first of them, to be looked at."""
+        c = self._config
+        numbers = range(self._position, self._position + c['prompts'])
+        self._position = numbers.stop
+        levels = [self._levels.choose(number) for number in numbers]
+        tasks = [self._levels.tasks[level] for level in levels]
+        prompts = [task.prompt(number) for task, number in zip(tasks, numbers, strict=True)]
+
+        def sample(tokens: list[list[int]], keys: jax.Array) -> list[list[Completion]]:
+            return sample_tokens(
+                self._model,
+                variables,
+                self._tokenizer,
+                tokens,
+                samples=keys.shape[1],
+                temperature=c['temperature'],
+                max_tokens=c['max_tokens'],
+                keys=keys,
+                experts=c['replay_experts'],
+            )
+
+        keys = row_keys(self._seed, numbers, c['samples'])
+        episodes = play(tasks, prompts, self._tokenizer, sample, keys)
+        groups = []
+        for number, level, task, prompt, group in zip(numbers, levels, tasks, prompts, episodes, strict=True):
+            answers = [Answer(task, prompt, e.verdict, e.text, s, e.stopped) for s, e in enumerate(group)]
+            rewards = [REWARDS[c['reward']](answer) for answer in answers]
+            self._levels.record(level, rewards)
+            groups.append([self._rewarded(e, number, s, rewards[s]) for s, e in enumerate(group)])
+        first = episodes[0][0]
+        example = {'prompt': prompts[0].text, 'completion': first.text, 'score': float(groups[0][0].rewards.sum())}
+        return groups, [e for group in episodes for e in group], example
+
+    def _rewarded(self, e: Episode, group: int, sample: int, reward: float) -> Trajectory:
+        """An answer with its rewards: what it earned on its last token, and before that the scores of its steps."""
+        c, count = self._config, len(e.logprobs)
+        rewards, judged = np.zeros(count), np.zeros(count, bool)
+        if c['process_coefficient']:
+            rewards, judged = step_rewards(
+                e.verdict.parts, [t for t, own in zip(e.tokens, e.learnt, strict=True) if own], self._tokenizer
+            )
+            rewards *= c['process_coefficient']
+        rewards[-1] += reward + overlong_penalty(count, c['max_tokens'], c['overlong_buffer'])
+        judged[-1] = True
+        return Trajectory(
+            e.prompt, e.tokens, e.learnt, e.logprobs, group, sample, rewards, judged, e.stopped, e.expert_ids
+        )
+
+    def _score(self, groups: Groups, variables: Any) -> int:
+        """Stamps what passes of this model and of others say of the answers; gives how many tokens they read."""
+        c, trajectories = self._config, [t for group in groups for t in group]
+        wanted: dict[str, tuple[str, ...]] = {}  # of each model
+        if c['epochs'] * c['minibatches'] > 1 or self._kl_coefficient:
+            wanted[''] = ('logprob',)
+        if c['algorithm'] == 'gae':
+            wanted[''] = (*wanted.get('', ()), 'value')
+        if 'reference' in self._others:
+            wanted['reference'] = ('logprob',)
+        if 'reward' in self._others:
+            wanted['reward'] = ('value',)
+        teachers = [role for role in self._others if role.startswith('teacher')]
+        wanted |= dict.fromkeys(teachers, ('logprob',))
+        said: dict[str, list[dict[str, np.ndarray]]] = {}
+        for role, names in wanted.items():
+            weights = self._others[role].variables if role else variables
+            said[role] = self._scorers[role](weights, [_segment(t, {}) for t in trajectories], names)
+        for i, t in enumerate(trajectories):
+            own = np.asarray(t.learnt)
+            start = len(t.prompt)
+            if 'logprob' in wanted.get('', ()):
+                t.stamps['old_logprob'] = said[''][i]['logprob'][start:][own]
+            if 'value' in wanted.get('', ()):  # of the state before a token: after the one before it
+                t.stamps['old_value'] = said[''][i]['value'][start - 1 : -1][own]
+            if 'reference' in wanted:
+                t.stamps['reference_logprob'] = said['reference'][i]['logprob'][start:][own]
+            if 'reward' in wanted:
+                t.rewards[-1] += said['reward'][i]['value'][-1] if t.stopped else 0.0
+            if teachers:
+                t.stamps['teacher_logprob'] = np.mean([said[role][i]['logprob'][start:][own] for role in teachers], 0)
+        return len(wanted) * sum(len(t.prompt) + len(t.tokens) for t in trajectories)
+
+    def _with_kl(self, groups: Groups) -> dict[str, float]:
+        """Takes the KL penalty off the rewards, token by token (estimator k1; Ouyang et al. 2022, equation 2), and
+        adapts its coefficient where a target is given."""
+        c, trajectories = self._config, [t for group in groups for t in group]
+        if not self._kl_coefficient or not trajectories:
+            return {}
+        total = 0.0
+        for t in trajectories:
+            gap = t.stamps['old_logprob'] - t.stamps['reference_logprob']
+            t.rewards = t.rewards - self._kl_coefficient * gap
+            total += float(gap.sum())
+        kl = total / len(trajectories)
+        metrics = {'kl/answer': kl, 'kl/coefficient': self._kl_coefficient}
+        if c['kl_target']:
+            self._kl_coefficient = adapted(self._kl_coefficient, kl, c['kl_target'], len(trajectories), c['kl_horizon'])
+        return metrics
+
+    def _minibatches(self, groups: Groups, turn: int) -> list[list[Trajectory]]:
+        """The rollout's answers for each update; where there are several, in an order drawn anew for each epoch."""
+        c, parts = self._config, self._config['minibatches']
+        trajectories = [t for group in groups for t in group]
+        if self._updates == 1:
+            return [trajectories]
+        updates = []
+        for epoch in range(c['epochs']):
+            rng = random.Random(f'{self._seed} minibatches {turn} {epoch}')
+            order = rng.sample(range(len(trajectories)), len(trajectories))
+            updates += [[trajectories[i] for i in order[part::parts]] for part in range(parts)]
+        return updates
+
+    def _pack(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Answers with their stamps. Those without an advantage have no gradient, and are left out."""
+        c = self._config
         batch = empty_batch(c['batch_size'], c['sequence_length'], self._tokenizer.pad_id)
-        batch['advantage'] = np.zeros_like(batch['loss_weight'])
-        batch['behavior_logprob'] = np.zeros_like(batch['loss_weight'])
-        used: list[int] = []
-        writers: list[RowWriter] = []
-        for trajectory, advantage in sorted(trajectories, key=lambda x: -len(x[0].prompt) - len(x[0].tokens)):
-            start, count = len(trajectory.prompt), len(trajectory.tokens)
-            length = start + count
-            if length > c['sequence_length']:
-                raise InputError(f'a prompt and answer of {length} tokens: expected sequence_length of that or more')
-            row = next((i for i, n in enumerate(used) if n + length <= c['sequence_length']), len(used))
-            if row == len(used):
-                used.append(0)
-                writers.append(RowWriter(batch, row))
-            weight = np.repeat(np.array([0, 1], np.float32), [start, count])
-            writers[row].write(np.array(trajectory.prompt + trajectory.tokens, np.int32), weight)
-            answer = slice(used[row] + start, used[row] + length)
-            batch['advantage'][row, answer] = advantage
-            batch['behavior_logprob'][row, answer] = trajectory.logprobs
-            used[row] += length
+        names = ('advantage', 'behavior_logprob', *self._stamps)
+        batch |= {name: np.zeros_like(batch['loss_weight']) for name in names}
+        if c['replay_experts']:
+            chosen = (self._model.config.num_moe_layers, self._model.config.num_experts_per_tok)
+            batch['expert_ids'] = np.full((*batch['tokens'].shape, *chosen), -1, np.int32)
+        some = [t for t in trajectories if t.stamps['advantage'].any() or 'value_target' in t.stamps]
+        pack([[_segment(t, self._stamped(t, names))] for t in some], batch)
+        if c['weighting'] != 'token':
+            batch['answers'] = np.asarray(max(len(trajectories), 1), np.float32)
         batch['temperature'] = np.asarray(c['temperature'], np.float32)
         return batch
 
+    def _stamped(self, t: Trajectory, names: Sequence[str]) -> dict[str, Any]:
+        """Everything about the learnt tokens of an answer that a batch with arrays of these names holds."""
+        c = self._config
+        weight = {'token': 1.0, 'answer': 1.0 / t.count, 'constant': 1.0 / c['max_tokens']}[c['weighting']]
+        stamps = {**t.stamps, 'behavior_logprob': np.asarray(t.logprobs), 'loss_weight': np.full(t.count, weight)}
+        return {name: stamps[name] for name in ('loss_weight', *names)} | {'expert_ids': t.expert_ids}
 
-def _logprobs(model: Model, variables: Variables, batch: Any) -> jax.Array:
-    output = model.apply(variables, batch['tokens'], batch['positions'], batch['segments'], batch['temperature'])
-    return output.logprob
+
+def _segment(t: Trajectory, stamps: Mapping[str, Any]) -> Segment:
+    """An answer behind its prompt; numbers for learnt tokens are put at their places, with zeros elsewhere."""
+    where = len(t.prompt) + np.flatnonzero(t.learnt)
+    size = len(t.prompt) + len(t.tokens)
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        whole = np.zeros(size, np.float32)
+        whole[where] = values
+        return whole
+
+    arrays = {name: placed(x) for name, x in stamps.items() if name != 'expert_ids'}
+    weight = arrays.pop('loss_weight', placed(np.ones(t.count)))
+    if (chosen := stamps.get('expert_ids')) is not None:
+        ids = np.full((size, *chosen.shape[1:]), -1, np.int32)
+        ids[: len(chosen)] = chosen
+        arrays['expert_ids'] = ids
+    return Segment([*t.prompt, *t.tokens], weight, arrays)
 
 
-def chat_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """A task's problem as the user's turn, with the assistant about to speak."""
-    return render_chat([{'role': 'user', 'content': prompt.text}], tokenizer, add_generation_prompt=True)[0]
+def _plain(t: Trajectory) -> dict[str, Any]:
+    """A trajectory as JSON has it."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: plain(value) for name, value in x.items()}
+        return x.tolist() if isinstance(x, np.ndarray) else x
+
+    return {field.name: plain(getattr(t, field.name)) for field in dataclasses.fields(t)}
+
+
+def _trajectory(fields: Mapping[str, Any]) -> Trajectory:
+    """What `_plain` took apart."""
+    arrays = {name: np.asarray(fields[name]) for name in ('rewards', 'judged')}
+    ids = fields['expert_ids']
+    stamps = {name: np.asarray(x) for name, x in fields['stamps'].items()}
+    whole = {**fields, **arrays, 'stamps': stamps, 'expert_ids': None if ids is None else np.asarray(ids, np.int32)}
+    return Trajectory(**whole)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +17,21 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import empty_batch
-from data.sources import open_source
+from data.sources import Source, open_source
 from data.stream import Prefetch, RowStream, Stream
 from data.tasks import get_task
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
-from model.transformer import Model, Variables
-from train.objectives import Objective, clipped_policy_gradient, joined, next_token, regularizers
+from model.transformer import Model
+from train.objectives import Objective, joined, next_token, regularizers
+from train.pairs import RecordStream
+from train.policy import distillation, policy_gradient
+from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
 from train.rollout import RolloutStream
+from train.scoring import Other, TeacherStream
+from train.step import Layout
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +40,9 @@ class Context:
 
     Attributes:
         name: of the stage; config: its fields; sources: all sources of the run by name; seed: of the stage.
-        models: the other models the stage names (`models.reference`, ...), each with its variables, by role.
-        rows: the rows of the global batch that this process builds; all by default.
+        models: the other models the stage names (`models.reference`, ...), by role.
+        layout: of a batch on the devices; all rows are built here by default.
+        folder: of the stage, where a stream may keep what it found out.
     """
 
     name: str
@@ -42,8 +51,9 @@ class Context:
     model: Model
     tokenizer: Tokenizer
     seed: int
-    models: Mapping[str, tuple[Model, Variables]]
-    rows: Sequence[int] | None = None
+    models: Mapping[str, Other]
+    layout: Layout | None = None
+    folder: Path | None = None
 
     @property
     def stream_seed(self) -> int:
@@ -58,15 +68,14 @@ class Kind:
     Attributes:
         defaults: fields beyond COMMON.
         objective, stream: how they are made.
-        extra: of the stage's config, the float32 arrays its batches hold beyond those of `data.packing.empty_batch`,
-            each with its number of dimensions (2: one number a token, 0: one for the batch).
+        extra: of the stage's config, the arrays its batches hold beyond those of `data.packing.empty_batch`.
         on_policy: whether the stream samples, from `prompts` prompts `samples` answers of up to `max_tokens` tokens.
     """
 
     defaults: Mapping[str, Any]
     objective: Callable[[Mapping[str, Any]], Objective]
     stream: Callable[[Context], Stream]
-    extra: Callable[[Mapping[str, Any]], Mapping[str, int]] = lambda _: {}
+    extra: Callable[[Mapping[str, Any]], Shapes] = lambda _: {}
     on_policy: bool = False
 
 
@@ -74,7 +83,7 @@ COMMON: dict[str, Any] = {
     'kind': '',
     # NAME or NAME@STEP; the path (with a slash) of an imported model or of another run's stage; '' starts from scratch.
     'parent': '',
-    'models': {'reference': ''},  # other checkpoints the stage needs
+    'models': {},  # other checkpoints the stage needs, by role
     'model': {},  # fields of the model that change from this stage on, such as rope_theta
     'seed': -1,  # -1: the run's
     'steps': 100,
@@ -103,13 +112,18 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _rows(context: Context, split_documents: bool) -> Stream:
-    c = context.config
-    named = {name for _, weights in c['mixture'] for name in as_dict(weights)}
+def _sources(context: Context) -> dict[str, Source]:
+    """The sources that a stage's mixture names, opened."""
+    named = {name for _, weights in context.config['mixture'] for name in as_dict(weights)}
     for name in named - set(context.sources):
         raise InputError(f'stages.{context.name}.mixture: no source {name!r}{did_you_mean(name, context.sources)}')
+    return {name: open_source(context.sources[name]) for name in sorted(named)}
+
+
+def _rows(context: Context, split_documents: bool) -> Stream:
+    c = context.config
     stream = RowStream(
-        {name: open_source(context.sources[name]) for name in sorted(named)},
+        _sources(context),
         c['mixture'],
         context.tokenizer,
         rows=c['batch_size'],
@@ -117,27 +131,153 @@ def _rows(context: Context, split_documents: bool) -> Stream:
         steps=c['steps'],
         seed=context.stream_seed,
         split_documents=split_documents,
-        rows_here=context.rows,
+        rows_here=context.layout.rows_here() if context.layout else None,
+        per_example=c.get('weighting') == 'example',
     )
     return Prefetch(stream)
 
 
-def _rollouts(context: Context) -> Stream:
-    task = as_dict(context.config['task'])
-    reference = context.models.get('reference')
-    if context.config['loss']['kl_coefficient'] and reference is None:
-        raise InputError(f'stages.{context.name}.models.reference is empty: expected a stage, for loss.kl_coefficient')
-    return RolloutStream(
-        context.model,
+def _needs(context: Context, role: str, reason: str) -> Other:
+    """The other model of that role, or InputError."""
+    if role not in context.models:
+        raise InputError(f'stages.{context.name}.models.{role} is empty: expected a stage, for {reason}')
+    return context.models[role]
+
+
+def _records(context: Context, form: str, reference: bool) -> Stream:
+    return RecordStream(
+        form,
+        _sources(context),
+        context.config['mixture'],
         context.tokenizer,
-        get_task(task.pop('name'), split='train', **task),
         context.config,
         context.stream_seed,
-        reference,
+        Other(context.model, {}),
+        _needs(context, 'reference', 'its log-probabilities') if reference else None,
+        context.folder / 'reference.jsonl' if context.folder else None,
     )
 
 
+def _distilled(context: Context) -> Stream:
+    teacher = _needs(context, 'teacher', 'what it says of each token')
+    return TeacherStream(_rows(context, split_documents=False), teacher, context.config, context.layout)
+
+
+def _rollouts(context: Context) -> Stream:
+    c = context.config
+    if c['loss']['kl_coefficient'] or c['kl_reward']:
+        _needs(context, 'reference', 'a penalty on the KL')
+    if c['algorithm'] == 'reverse_kl':
+        _needs(context, 'teacher', 'algorithm reverse_kl')
+    options = as_dict(c['task'])
+    name = options.pop('name')
+    levels: Sequence[Mapping[str, Any]] = c['levels'] or ({},)
+    tasks = [get_task(name, split='train', **{**options, **as_dict(level)}) for level in levels]
+    return RolloutStream(
+        context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c)
+    )
+
+
+def rollout_stamps(c: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the batches of an on-policy stage say of each token beyond its advantage and the sampler's probability."""
+    loss, names = c['loss'], []
+    if loss['importance'] != 'none' and c['epochs'] * c['minibatches'] > 1:
+        names.append('old_logprob')
+    if loss['kl_coefficient']:
+        names.append('reference_logprob')
+    if loss['value_coefficient']:
+        names += ['old_value', 'value_target']
+    return tuple(names)
+
+
+def _arrays(c: Mapping[str, Any], *names: str) -> Shapes:
+    """float32, one number a token."""
+    return {name: jax.ShapeDtypeStruct((c['batch_size'], c['sequence_length']), np.float32) for name in names}
+
+
+def _scalars(*names: str) -> Shapes:
+    return {name: jax.ShapeDtypeStruct((), np.float32) for name in names}
+
+
+def _rollout_arrays(c: Mapping[str, Any]) -> Shapes:
+    scalars = ('temperature', *(('answers',) if c['weighting'] != 'token' else ()))
+    return _arrays(c, 'advantage', 'behavior_logprob', *rollout_stamps(c)) | _scalars(*scalars)
+
+
+def _teacher_arrays(c: Mapping[str, Any]) -> Shapes:
+    shape = (c['batch_size'], c['sequence_length'], c['top'])
+    return {
+        'teacher_ids': jax.ShapeDtypeStruct(shape, np.int32),
+        'teacher_logprob': jax.ShapeDtypeStruct(shape, np.float32),
+    }
+
+
 _MIXTURE: dict[str, Any] = {'mixture': ()}
+_TUNING: dict[str, Any] = {**_MIXTURE, 'optimizer': {'schedule': 'linear'}}
+_RECORDS: dict[str, Any] = {**_TUNING, 'records': 16}  # a step
+
+
+def _preference(variant: str, beta: float, **loss: Any) -> Kind:
+    """A stage that learns from pairs of answers (see `train.preference`)."""
+    reference = variant not in WITHOUT_REFERENCE
+    return Kind(
+        {
+            **_RECORDS,
+            **({'models': {'reference': ''}} if reference else {}),
+            'loss': {'variant': variant, 'beta': beta, 'label_smoothing': 0.0, 'gamma': 0.0, 'nll': 0.0, **loss},
+        },
+        lambda c: preference(c['loss']),
+        lambda context: _records(context, 'pair', reference),
+        extra=lambda c: _arrays(c, 'target', 'margin', *(('reference_logprob',) if reference else ())),
+    )
+
+
+def _reinforcement(loss: Mapping[str, Any] | None = None, **fields: Any) -> Kind:
+    """A stage that learns from its own answers. Each method is a choice among these fields."""
+    defaults = {
+        'models': {'reference': '', 'reward': '', 'teacher': ''},
+        'task': {'name': ''},
+        'levels': (),  # options of the task, one mapping a level of difficulty, which `curriculum` chooses from
+        'curriculum': 'uniform',  # or 'solve_rate'
+        'reward': 'verifier',  # or 'format', 'random': control arms; 'none'. A reward model adds its own
+        'process_coefficient': 0.0,  # times the score of each judged step, where it ends
+        'algorithm': 'grpo',  # see `train.algorithms`
+        'weighting': 'token',  # tokens count alike in the batch; or 'answer': answers do; or 'constant': 1 / max_tokens
+        'prompts': 32,
+        'samples': 8,
+        'temperature': 1.0,
+        'max_tokens': 64,
+        'epochs': 1,
+        'minibatches': 1,  # updates in one pass over a rollout
+        'refills': 0,
+        'overlong_buffer': 0,
+        'replay_experts': False,  # the experts that the sampler chose are used in the update (Zheng et al. 2025)
+        'discount': 1.0,
+        'gae_lambda': 1.0,
+        'kl_reward': 0.0,  # penalty in the reward; with kl_target it adapts so that an answer's KL comes to that
+        'kl_target': 0.0,
+        'kl_horizon': 10_000,
+        'optimizer': {'schedule': 'constant', 'weight_decay': 0.0},
+        **fields,
+        'loss': {
+            'surrogate': 'clip',
+            'ratio': 'token',
+            'clip_low': 0.2,
+            'clip_high': 0.28,
+            'dual_clip': 0.0,
+            'importance': 'none',
+            'importance_cap': 2.0,
+            'kl_coefficient': 0.0,
+            'kl_estimator': 'k3',
+            'value_coefficient': 0.0,
+            'value_clip': 0.2,
+            **(loss or {}),
+        },
+    }
+    return Kind(defaults, lambda c: policy_gradient(c['loss']), _rollouts, extra=_rollout_arrays, on_policy=True)
+
+
+_VALUE = {'value_head': True}
 
 KINDS: dict[str, Kind] = {
     'pretrain': Kind(_MIXTURE, lambda _: next_token(), lambda context: _rows(context, split_documents=True)),
@@ -148,31 +288,50 @@ KINDS: dict[str, Kind] = {
         lambda context: _rows(context, split_documents=True),
     ),
     'sft': Kind(
-        {**_MIXTURE, 'optimizer': {'schedule': 'linear'}},
+        {**_TUNING, 'weighting': 'token'},  # or 'example': every record counts the same, however long
         lambda _: next_token(),
         lambda context: _rows(context, split_documents=False),
     ),
-    'grpo': Kind(
-        {
-            'task': {'name': ''},
-            'reward': 'verifier',  # or 'format', 'random': control arms
-            'algorithm': 'grpo',  # or 'dr_grpo', 'rejection' (rejection-sampling fine-tuning)
-            'prompts': 32,
-            'samples': 8,
-            'temperature': 1.0,
-            'max_tokens': 64,
-            'optimizer': {'schedule': 'constant', 'weight_decay': 0.0},
-            'loss': {'clip_low': 0.2, 'clip_high': 0.28, 'kl_coefficient': 0.0},
-        },
-        lambda config: clipped_policy_gradient(config['loss']),
-        _rollouts,
-        extra=lambda config: {
-            **dict.fromkeys(('advantage', 'behavior_logprob'), 2),
-            **({'reference_logprob': 2} if config['models']['reference'] else {}),
-            'temperature': 0,
-        },
-        on_policy=True,
+    # Preferences; a reward model, which judges whole answers, and one that judges their steps.
+    'dpo': _preference('sigmoid', 0.1),
+    'simpo': _preference('simpo', 2.0, gamma=1.0),
+    'orpo': _preference('orpo', 0.1, nll=1.0),
+    'kto': Kind(
+        {**_RECORDS, 'models': {'reference': ''}, 'loss': {'beta': 0.1, 'desirable': 1.0, 'undesirable': 1.0}},
+        lambda c: kahneman_tversky(c['loss']),
+        lambda context: _records(context, 'judged', reference=True),
+        extra=lambda c: _arrays(c, 'target', 'reference_logprob') | _scalars('baseline'),
     ),
+    'reward': Kind(
+        {**_RECORDS, 'model': _VALUE, 'loss': {'center': 0.01}},
+        lambda c: bradley_terry(c['loss']),
+        lambda context: _records(context, 'pair', reference=False),
+        extra=lambda c: _arrays(c, 'target', 'margin'),
+    ),
+    'process_reward': Kind(
+        {**_RECORDS, 'model': _VALUE},
+        lambda c: process_reward(c['loss']),
+        lambda context: _records(context, 'steps', reference=False),
+        extra=lambda c: _arrays(c, 'target'),
+    ),
+    'distill': Kind(
+        {**_TUNING, 'models': {'teacher': ''}, 'top': 32, 'loss': {'beta': 0.0}},
+        lambda c: distillation(c['loss']),
+        _distilled,
+        extra=_teacher_arrays,
+    ),
+    # Reinforcement learning. GRPO is here as it is used today: DAPO's clip and mean over tokens, and no KL penalty.
+    'grpo': _reinforcement(),
+    'dr_grpo': _reinforcement({'clip_high': 0.2}, algorithm='dr_grpo', weighting='constant'),
+    'dapo': _reinforcement(refills=2, overlong_buffer=16),
+    'gspo': _reinforcement({'ratio': 'sequence', 'clip_low': 3e-4, 'clip_high': 4e-4}, weighting='answer'),
+    'cispo': _reinforcement({'surrogate': 'cispo', 'clip_low': 1.0, 'clip_high': 4.0}),
+    'rloo': _reinforcement(algorithm='rloo'),
+    'reinforce_plus_plus': _reinforcement(algorithm='reinforce_plus_plus'),
+    'ppo': _reinforcement(
+        {'clip_high': 0.2, 'value_coefficient': 0.1}, model=_VALUE, algorithm='gae', gae_lambda=0.95, minibatches=4
+    ),
+    'on_policy_distill': _reinforcement(algorithm='reverse_kl', reward='none'),
 }
 
 
@@ -198,8 +357,7 @@ def batch_shapes(stage: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """The arrays of a stage's batches: most [batch_size, sequence_length], without any data read."""
     shape = (stage['batch_size'], stage['sequence_length'])
     shapes = {name: jax.ShapeDtypeStruct(shape, x.dtype) for name, x in empty_batch(1, 1, 0).items()}
-    extra = get_kind(stage['kind']).extra(stage)
-    return shapes | {name: jax.ShapeDtypeStruct(shape[:rank], np.float32) for name, rank in extra.items()}
+    return shapes | get_kind(stage['kind']).extra(stage)
 
 
 def stage_defaults(kind: str) -> dict[str, Any]:

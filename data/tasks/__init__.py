@@ -9,9 +9,9 @@ import hashlib
 import importlib
 import pkgutil
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from data.errors import InputError, did_you_mean
 
@@ -55,6 +55,35 @@ class Task(Protocol):
     name: ClassVar[str]
 
     def prompt(self, index: int) -> Prompt: ...
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said. `role` is that of a chat message; `done` means that nobody is to say more."""
+
+    role: str
+    text: str
+    done: bool = False
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A task of several turns: the model speaks, the environment replies, until one of them ends it.
+
+    `turns` is how often the model may speak at most. `verify` judges a transcript that is a single completion; `judge`
+    any. Both are pure functions of what they are given: nothing is remembered between calls.
+    """
+
+    name: ClassVar[str]
+    turns: int
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def reply(self, prompt: Prompt, transcript: Sequence[Turn]) -> Turn: ...
+
+    def judge(self, prompt: Prompt, transcript: Sequence[Turn]) -> Verdict: ...
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
 
