@@ -176,6 +176,9 @@ def test_graphs_that_cannot_run_are_refused(run: Any) -> None:
         run('pretrain', 'midtrain', settings=parent('midtrain'))
     with pytest.raises(InputError, match="no stage 'pretran'; did you mean 'pretrain'"):
         run('pretrain')('pretran')
+    for expression, shown in (('q_projj', "expected a part of some parameter's path"), ('(', 'missing')):
+        with pytest.raises(InputError, match='stages.pretrain.trainable is .*' + shown):
+            run('pretrain', settings=lambda c, e=expression: c.stages.pretrain.update(trainable=e), light=True)()
     everything = as_dict(get_config().stages.to_dict())
     assert order(dict(sorted(everything.items()))) == ['pretrain', 'midtrain', 'sft', 'grpo']
 

@@ -1,17 +1,20 @@
 """Schedules at exact steps, and which weights an optimizer treats how."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import model_config
+from small import model_config, one_device
 
 from data.errors import InputError
 from model.transformer import Model, is_declared
+from train.objectives import next_token
 from train.optimizer import learning_rate, make_optimizer
 from train.stages import COMMON
+from train.step import initial_state, make_step, trained
 
 SETTINGS: dict[str, Any] = COMMON['optimizer']
 
@@ -132,3 +135,34 @@ def test_clipping_is_by_the_global_norm(declared: Any) -> None:
     norm = 7.0 * np.sqrt(sum(weight.value.size for weight in weights.values()))
     for path, x in updates.items():
         np.testing.assert_allclose(np.asarray(x), -0.1 * (7 / norm) / 1e3, rtol=1e-3, err_msg=path)
+
+
+@pytest.mark.parametrize('expression', ['self_attn/o_proj|value_head', '/gate$'])
+def test_only_what_is_trainable_moves(expression: str) -> None:
+    """It moves as it would among the others, router biases with the routers alone; there are no moments of the rest."""
+    model = Model(model_config(num_hidden_layers=1, first_k_dense_replace=0, value_head=True))
+    objective = dataclasses.replace(
+        next_token(),
+        terms=lambda out, batch: ({'next_token': jnp.sum(jnp.square(out.value - 1) - out.logprob)}, {}),
+    )
+    tokens = np.random.default_rng(0).integers(400, size=(1, 2, 16)).astype(np.int32)
+    batch = {'tokens': tokens, 'positions': tokens * 0 + np.arange(16, dtype=np.int32), 'segments': tokens * 0 + 1}
+    batch['loss_weight'] = np.ones(tokens.shape, np.float32)
+
+    settings = {**SETTINGS, 'name': 'adamw', 'clip': 0.0, 'epsilon': 1e-3}  # a larger one forgives rounding
+
+    def stepped(expression: str) -> Any:
+        optimizer = make_optimizer(settings, trained(model.declared['params'], expression))
+        state = initial_state(model.init(0, one_device()), optimizer, expression)
+        return state, jax.jit(make_step(model, objective, optimizer, expression))(state, batch, 0.1)[0]
+
+    (before, after), (_, whole) = stepped(expression), stepped('')
+    start, end, among = (named(state['params']) for state in (before, after, whole))
+    moved = {path for path in start if (start[path] != end[path]).any()}
+    assert moved == set(named(trained(before['params'], expression))) and moved
+    for path in moved:
+        np.testing.assert_allclose(end[path], among[path], rtol=1e-5, atol=1e-6)
+    bias = after['balance']['layers']['mlp']['bias']
+    assert bool(np.abs(bias).max() > 0) == ('gate' in expression)
+    moments = {path for path, x in named(after['optimizer']).items() if x.ndim}
+    assert moments and not [path for path in moments if not any(path.endswith(m) for m in moved)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
@@ -28,7 +29,7 @@ from train.loop import Plan, train
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
 from train.stages import Context, get_kind, stage_objective
-from train.step import Layout, State, initial_state, optimizer_shapes
+from train.step import Layout, State, initial_state, optimizer_shapes, trained
 
 Stages = Mapping[str, Mapping[str, Any]]
 
@@ -151,7 +152,7 @@ class Run:
         try:
             for evaluation in stage['evaluations']:
                 checked(self.config['evaluations'][evaluation])
-            make_optimizer(stage['optimizer'], model.declared['params'])
+            self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
             if stage['keep_optimizer'] and stage['parent'] and model.paths != self._model(stage['parent']).paths:
                 raise InputError(
@@ -164,6 +165,17 @@ class Run:
         except ValueError as error:
             text = str(error)
             raise InputError(text if text.startswith('stages.') else f'stages.{name}: {text}') from error
+
+    def _optimizer(self, name: str, model: Model) -> Any:
+        stage = self.stages[name]
+        try:
+            declared = trained(model.declared['params'], stage['trainable'])
+        except re.error as error:
+            raise InputError(f'stages.{name}.trainable is {stage["trainable"]!r}: {error}') from error
+        if not declared:
+            wanted = "a part of some parameter's path, such as layers/self_attn/q_proj"
+            raise InputError(f'stages.{name}.trainable is {stage["trainable"]!r}: expected {wanted}')
+        return make_optimizer(stage['optimizer'], declared)
 
     def _model(self, address: str) -> Model:
         return Model(self.model_config(split_address(address)[0]))
@@ -247,6 +259,7 @@ class Run:
             return False
         kept, now = read_json(folder / 'config.json'), self.record(name)
         kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
+        kept['stage'] = {'trainable': '', **kept['stage']}
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
             different = [
@@ -302,7 +315,7 @@ class Run:
         """
         stage, model = self.stages[name], Model(self.model_config(name))
         kind = get_kind(stage['kind'])
-        optimizer = make_optimizer(stage['optimizer'], model.declared['params'])
+        optimizer = self._optimizer(name, model)
         with jax.set_mesh(self.mesh):
             state, start = self._start(name, model, optimizer, fresh)
             models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}
@@ -313,6 +326,7 @@ class Run:
             objective=stage_objective(stage, model.config),
             optimizer=optimizer,
             stream=kind.stream(self._context(name, model, models)),
+            trainable=stage['trainable'],
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
             steps=stage['steps'],
             save_every=stage['save_every'],
@@ -332,14 +346,14 @@ class Run:
         stage, seed = self.stages[name], self._seed(name)
         shapes = model.shapes(self.mesh)
         if fresh or not stage['parent']:
-            return initial_state(model.init(seed, self.mesh), optimizer), {}
+            return initial_state(model.init(seed, self.mesh), optimizer, stage['trainable']), {}
         parent, step = split_address(stage['parent'])
         before = self._model(parent).paths
         wanted = subtree(shapes, before.__contains__)
         if stage['keep_optimizer']:
-            wanted['optimizer'] = optimizer_shapes(optimizer, shapes['params'])
+            wanted['optimizer'] = optimizer_shapes(optimizer, trained(shapes['params'], stage['trainable']))
         arrays, metadata = self._restore(parent, step, wanted, part=before != model.paths)
-        state = initial_state(model.init(seed, self.mesh, arrays), optimizer)
+        state = initial_state(model.init(seed, self.mesh, arrays), optimizer, stage['trainable'])
         if stage['keep_optimizer']:
             state['optimizer'] = arrays['optimizer']
         return state, metadata

@@ -32,6 +32,7 @@ class Plan:
         name: shown beside the progress bar.
         folder: where metrics, events and checkpoints go.
         model, objective, optimizer, stream: what is trained, on what, and how.
+        trainable: an expression that selects the parameters which learn (see `train.step.trained`).
         learning_rate: of the step; a factor on the optimizer's updates.
         steps, save_every, keep: counts.
         layout: of a batch on the devices.
@@ -45,6 +46,7 @@ class Plan:
     objective: Objective
     optimizer: optax.GradientTransformation
     stream: Stream
+    trainable: str
     learning_rate: Callable[[int], Any]
     steps: int
     save_every: int
@@ -87,7 +89,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     spent = Spent(plan.tokens, plan.flops)
     state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
-    step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer), donate_argnums=0)
+    step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer, plan.trainable), donate_argnums=0)
     # All at once, as asking for one would wait for the devices.
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     stream_works = bool(getattr(plan.stream, 'work', ''))

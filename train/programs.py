@@ -19,7 +19,7 @@ from train.host import cpu_seconds
 from train.optimizer import make_optimizer
 from train.sampler import pool_size, prompt_width
 from train.stages import batch_shapes, get_kind, stage_objective
-from train.step import Layout, make_step, optimizer_shapes
+from train.step import Layout, make_step, optimizer_shapes, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +54,17 @@ def compiled_programs(config: Mapping[str, Any], name: str, mesh: jax.sharding.M
     stage, model = config['stages'][name], Model(stage_model(config, name))
     kind, variables = get_kind(stage['kind']), model.shapes(mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(stage['optimizer'], model.declared['params'])
+        optimizer = make_optimizer(stage['optimizer'], trained(model.declared['params'], stage['trainable']))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         state = {
             **variables,
-            'optimizer': optimizer_shapes(optimizer, variables['params']),
+            'optimizer': optimizer_shapes(optimizer, trained(variables['params'], stage['trainable'])),
             'step': jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         }
         rows, length, parts = stage['batch_size'], stage['sequence_length'], stage['microbatches']
         batch = Layout(mesh, rows, length, parts).shapes(batch_shapes(stage))
-        step = jax.jit(make_step(model, stage_objective(stage, model.config), optimizer), donate_argnums=0)
+        objective = stage_objective(stage, model.config)
+        step = jax.jit(make_step(model, objective, optimizer, stage['trainable']), donate_argnums=0)
         work = f'{rows} x {length:,} tokens' + (f' in {parts} microbatches' if parts > 1 else '')
         flops = rows * length * model.flops_per_token(length)
         yield _program('train step', work, flops, lambda: step.lower(state, batch, np.float32(1)))[0]

@@ -85,6 +85,8 @@ COMMON: dict[str, Any] = {
     'parent': '',
     'models': {},  # other checkpoints the stage needs, by role
     'model': {},  # fields of the model that change from this stage on, such as rope_theta
+    # A regular expression; parameters whose path, such as layers/self_attn/q_proj, it is not found in stay as they are.
+    'trainable': '',
     'seed': -1,  # -1: the run's
     'steps': 100,
     'batch_size': 16,  # rows of a step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,20 +17,32 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from data.errors import InputError
 from model.sharding import RULES, named_sharding
-from model.transformer import Model, Variables
+from model.transformer import Model, Variables, is_declared, subtree
 from train.objectives import Batch, Objective, total_loss
 
 State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}
 
 
-def initial_state(variables: Variables, optimizer: optax.GradientTransformation) -> State:
-    """The state before a stage's first step."""
-    params = variables['params']
-    shardings = jax.tree.map(lambda x: x.sharding, optimizer_shapes(optimizer, params))
+def trained(params: Any, trainable: str) -> Any:
+    """Of nested dictionaries of parameters, those in whose path, written with slashes, the expression is found."""
+    return subtree(params, re.compile(trainable).search) if trainable else params
+
+
+def _overlaid(tree: Any, part: Any) -> Any:
+    """Nested dictionaries with other leaves where a part of them has some."""
+    if not isinstance(tree, dict):
+        return part
+    return {name: _overlaid(x, part[name]) if name in part else x for name, x in tree.items()}
+
+
+def initial_state(variables: Variables, optimizer: optax.GradientTransformation, trainable: str = '') -> State:
+    """The state before a stage's first step; the optimizer is one for the `trained` parameters alone."""
+    mine = trained(variables['params'], trainable)
+    shardings = jax.tree.map(lambda x: x.sharding, optimizer_shapes(optimizer, mine))
     return {
-        'params': params,
+        'params': variables['params'],
         'balance': variables['balance'],
-        'optimizer': jax.jit(optimizer.init, out_shardings=shardings)(params),
+        'optimizer': jax.jit(optimizer.init, out_shardings=shardings)(mine),
         'step': jnp.zeros((), jnp.int32),
     }
 
@@ -115,17 +128,24 @@ class Layout:
 
 
 def make_step(
-    model: Model, objective: Objective, optimizer: optax.GradientTransformation
+    model: Model, objective: Objective, optimizer: optax.GradientTransformation, trainable: str = ''
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """The step function: (state, batch of `Layout.place`, factor on the update) -> (state, metrics as scalars).
 
     Gradients accumulate in float32 over the microbatches, each divided by the denominators of the whole batch. A
     microbatch without a real token costs nothing: on-policy batches keep a fixed shape and leave the last ones empty.
-    """
 
-    def loss(params: Any, balance: Any, batch: Batch, below: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+    The loss is differentiated by the `trained` parameters alone, so that the backward pass of the others, their
+    gradients and moments do not exist. Router biases move with the routers: beside one that stands still they would
+    change a part of the model that was to stay as it is.
+    """
+    balances = not trainable or any(
+        x.role == 'router' for x in jax.tree.leaves(trained(model.declared['params'], trainable), is_leaf=is_declared)
+    )
+
+    def loss(mine: Any, state: State, batch: Batch, below: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         output = model.apply(
-            {'params': params, 'balance': balance},
+            {'params': _overlaid(state['params'], mine), 'balance': state['balance']},
             batch['tokens'],
             batch['positions'],
             batch['segments'],
@@ -142,10 +162,10 @@ def make_step(
         below = objective.denominators(batch)
         whole = {name: x for name, x in batch.items() if not x.ndim}
         split = {name: x for name, x in batch.items() if x.ndim}
-        gradient = jax.grad(loss, has_aux=True)
+        gradient, mine = jax.grad(loss, has_aux=True), trained(state['params'], trainable)
 
         def one(part: Batch) -> Any:
-            return gradient(state['params'], state['balance'], {**part, **whole}, below)
+            return gradient(mine, state, {**part, **whole}, below)
 
         first = jax.tree.map(lambda x: x[0], split)
         if batch['tokens'].shape[0] == 1:
@@ -160,7 +180,7 @@ def make_step(
             total, _ = lax.scan(accumulate, zero, split)
         gradients, aux = total
 
-        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], state['params'])
+        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], mine)
         updates = jax.tree.map(lambda x: x * rate, updates)
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
         metrics |= {'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
@@ -170,12 +190,12 @@ def make_step(
             load = aux['experts']['load']
             mean = load.mean(-1)
             excess = jnp.where(mean > 0, load.max(-1) / jnp.maximum(mean, 1e-9) - 1, 0.0)
-            balance = model.updated_balance(balance, load)
+            balance = model.updated_balance(balance, load) if balances else balance
             # MaxVio: how far the fullest expert is above the mean (Wang et al. 2024, equation 4), worst layer.
             metrics['experts/max_violation'] = jnp.max(excess)
             metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
         return {
-            'params': optax.apply_updates(state['params'], updates),
+            'params': _overlaid(state['params'], optax.apply_updates(mine, updates)),
             'balance': balance,
             'optimizer': optimizer_state,
             'step': state['step'] + 1,
