@@ -61,6 +61,9 @@ class ModelConfig:
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     value_head: bool = False  # one more number a token, for reward models and critics
+    # Low-rank adapters beside every matrix (LoRA: Hu et al. 2021), of this rank and weighed by lora_alpha / lora_rank.
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
     # How it is computed.
     dtype: str = 'float32'  # of activations and of weights as they are used; parameters are kept in float32
     # In which the gradients of experts and of `kv_b_proj` cross the network; those of embedding, head and router do in
@@ -123,7 +126,8 @@ class ModelConfig:
         expect(self.rope_factor >= 1, 'rope_factor', '1 (no YaRN) or more')
         expect(self.round_capacity > 0, 'round_capacity', 'a positive number')
         expect(self.head_chunk > 0, 'head_chunk', 'a positive number of tokens')
-        expect(self.num_nextn_predict_layers >= 0, 'num_nextn_predict_layers', '0 or more')
+        for field in ('num_nextn_predict_layers', 'lora_rank'):
+            expect(getattr(self, field) >= 0, field, '0 or more')
         if self.attention == 'gqa':
             divides = self.num_attention_heads % self.num_key_value_heads == 0
             expect(divides, 'num_key_value_heads', f'a divisor of num_attention_heads={self.num_attention_heads}')

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from model.config import ModelConfig
+from model.layers import STACKED
 from model.transformer import Model, is_declared
 
 Fields = Mapping[str, Any]
@@ -48,7 +49,7 @@ _FIXED_ROPE = {'partial_rotary_factor': 1.0, 'truncate': True, 'attention_factor
 # Fields of ours that say nothing about what the weights compute, or nothing with latent attention.
 _FREE = (
     'num_key_value_heads head_dim initializer_range bias_update_rule bias_update_speed num_nextn_predict_layers '
-    'dtype gradient_dtype remat scan_layers head_chunk'
+    'dtype gradient_dtype remat scan_layers head_chunk lora_alpha'
 ).split()
 _YARN = 'rope_beta_fast rope_beta_slow rope_mscale rope_mscale_all_dim original_max_position_embeddings'.split()
 
@@ -263,7 +264,7 @@ def leaves(model: Model, interleaved: bool = True) -> list[Leaf]:
         if path[0] == 'balance' and c.topk_method != 'noaux_tc':
             continue  # no bias there; ours is zero
         value, axes, inputs = (x.value, x.axes, x.inputs) if is_declared(x) else (x, (), 0)
-        stacked = sum(axis in ('layers', 'experts') for axis in axes)
+        stacked = sum(axis in STACKED for axis in axes)
         if path[0] == 'balance':
             stacked = int(path[1] == 'layers')
         places = itertools.product(*map(range, value.shape[:stacked]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,9 @@ import jax.numpy as jnp
 
 from model.config import ModelConfig
 from model.sharding import constrain, gathered
+
+STACKED = ('layers', 'experts')  # axes along which independent weights are stacked, the first ones
+LORA_A, LORA_B = '_lora_a', '_lora_b'  # what follows a weight's name in those of its adapter
 
 
 @jax.tree_util.register_dataclass
@@ -68,14 +72,25 @@ class Module(nn.Module):
         """Returns the weight in the compute dtype, gathered for use (vectors and routers stay in float32).
 
         With `gather` False it comes as it is stored: in float32, each device with its part. With `cast` False it is in
-        the dtype in which its gradient shall be summed over devices.
+        the dtype in which its gradient shall be summed over devices. With lora_rank a matrix has an adapter, which is
+        added to it where and as it is stored: each device makes its part, and no token is multiplied by more.
         """
 
-        def declare(key: jax.Array) -> Declared:
+        def parameter(
+            name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int, init: str
+        ) -> jax.Array:
             # `init` runs under eval_shape alone: values come from sharding-aware initialisation (see transformer.py).
-            return Declared(jnp.zeros(shape, jnp.float32), axes, inputs, init, self.config.initializer_range, role)
+            deviation, zeros = self.config.initializer_range, functools.partial(jnp.zeros, shape, jnp.float32)
+            return self.param(name, lambda _: Declared(zeros(), axes, inputs, init, deviation, role))  # type: ignore[return-value]
 
-        value: jax.Array = self.param(name, declare)  # type: ignore[assignment]
+        value, rank = parameter(name, shape, axes, inputs, init), self.config.lora_rank
+        if role == 'matrix' and rank:
+            stacked = sum(axis in STACKED for axis in axes)
+            cut = stacked + inputs
+            a = parameter(name + LORA_A, (*shape[:cut], rank), (*axes[:cut], None), inputs, 'normal')
+            size_b, axes_b = (*shape[:stacked], rank, *shape[cut:]), (*axes[:stacked], None, *axes[cut:])
+            b = parameter(name + LORA_B, size_b, axes_b, 1, 'zeros')
+            value = constrain(adapted(value, a, b, stacked, self.config), *axes)
         dtype = jnp.float32 if role in ('vector', 'router', 'embedding') else jnp.dtype(self.config.dtype)
         if not gather:
             return value
@@ -85,6 +100,17 @@ class Module(nn.Module):
         """Root-mean-square norm over the last axis, in float32, with a learned scale; rms_norm_eps if no epsilon."""
         scale = self.weight(name, x.shape[-1:], (None,), inputs=0, init='ones', role='vector')
         return rms_norm(x, scale, self.config.rms_norm_eps if epsilon is None else epsilon)
+
+
+def adapted(weight: Any, a: Any, b: Any, stacked: int, config: ModelConfig) -> jax.Array:
+    """W + alpha / r A B (Hu et al. 2021, equation 3); the `stacked` first dimensions stack independent weights.
+
+    Args:
+        weight: [stack..., inputs..., outputs...]; a: [stack..., inputs..., r]; b: [stack..., r, outputs...]; float32.
+    """
+    stack = tuple(range(stacked))
+    product = jax.lax.dot_general(a, b, (((a.ndim - 1,), (stacked,)), (stack, stack)))
+    return weight + config.lora_alpha / config.lora_rank * product
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

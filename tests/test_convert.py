@@ -19,6 +19,7 @@ from data.chat import render_chat
 from data.errors import InputError
 from data.mixture import as_dict
 from data.tokenizer import Tokenizer
+from model.adapters import merge_adapters
 from model.config import ModelConfig
 from model.experts import route
 from model.huggingface import config_from_hub, config_to_hub, copies, dequantized, leaves
@@ -147,6 +148,21 @@ def test_export_of_an_import_is_the_same_bits(
     assert index['metadata']['total_size'] == sum(x.nbytes for x in expected.values())
     for name in ('tokenizer.json', 'tokenizer_config.json'):
         assert (tmp_path / 'one' / name).read_bytes() == Path(tokenizer_path, name).read_bytes()
+
+
+def test_adapters_are_merged_into_what_is_exported(imported: Path, tmp_path: Path) -> None:
+    shutil.copytree(imported, tmp_path / 'tuned', ignore=shutil.ignore_patterns('checkpoints'))
+    model = Model(hub_config(**V3, lora_rank=2))
+    variables = randomized(model.declared)
+    record = json.loads((imported / 'config.json').read_text())
+    (tmp_path / 'tuned' / 'config.json').write_text(json.dumps({**record, 'model': model.config.to_dict()}))
+    checkpoints = train.checkpoint.Checkpoints(tmp_path / 'tuned' / 'checkpoints')
+    checkpoints.save(1, {**variables, 'optimizer': {}}, {}, {})
+    checkpoints.close()
+    export_model(str(tmp_path / 'tuned'), tmp_path / 'out')
+    found = load_file(tmp_path / 'out' / 'model.safetensors')
+    for name, expected in hub_tensors(*merge_adapters(model, variables)).items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
 
 
 def test_names_and_layout_are_those_of_the_hub() -> None:

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from model import cache as latent_cache
+from model.adapters import merge_adapters
 from model.config import ModelConfig
 from model.heads import same_segment, score
 from model.sharding import make_mesh, partition_spec
-from model.transformer import Model, layer_parts
+from model.transformer import Model, is_declared, layer_parts
 from tests import reference
 from tests.tiny import (
     EVERYTHING,
@@ -93,6 +94,42 @@ def test_gradients_are_those_of_the_reference(config):
     slope = (reference_loss(1e-6) - reference_loss(-1e-6)) / 2e-6
     along = sum(np.vdot(np.float64(g), d) for g, d in zip(*map(jax.tree.leaves, (gradients, direction)), strict=True))
     np.testing.assert_allclose(along, slope, rtol=1e-4)
+
+
+def test_adapters_are_low_rank_changes_of_every_matrix():
+    """W + alpha / r A B, put together here weight by weight in float64, is the model and is what merging gives."""
+    model = Model(dataclasses.replace(FULL, lora_rank=3, lora_alpha=6.0))
+    variables = {**variables_of(FULL), 'params': randomized(model.declared['params'], seed=2)}
+    weights, matrices = reference.float64(variables), 0
+
+    def merge(tree, declared):
+        nonlocal matrices
+        for name, weight in declared.items():
+            if not is_declared(weight):
+                merge(tree[name], weight)
+            elif weight.role == 'matrix' and '_lora_' not in name:
+                a, b = tree.pop(f'{name}_lora_a'), tree.pop(f'{name}_lora_b')
+                stacked = [axis for axis in weight.axes if axis in ('layers', 'experts')]
+                stack = a.shape[: len(stacked)]
+                product = a.reshape(*stack, -1, 3) @ b.reshape(*stack, 3, -1)
+                tree[name] = tree[name] + 6 / 3 * product.reshape(tree[name].shape)
+                assert declared[f'{name}_lora_a'].init == 'normal' and declared[f'{name}_lora_b'].init == 'zeros'
+                matrices += 1
+
+    merge(weights['params'], model.declared['params'])
+    plain, merged = merge_adapters(model, variables)
+    assert plain.paths == Model(FULL).paths and matrices > 30
+    assert_trees_close(jax.device_get(merged), weights, tolerance=1e-6)
+    assert merge_adapters(plain, merged) == (plain, merged)
+    batch = packed(rows=3)
+    said = evaluate(model.config, variables, batch)
+    expected = reference.batch(weights, batch['tokens'], batch['segments'], FULL)
+    np.testing.assert_allclose(said['logprob'], expected['logprob'], atol=2e-4)
+    for ahead, other in zip(said['multi_token_logprob'], expected['multi_token_logprob'], strict=True):
+        np.testing.assert_allclose(ahead, other, atol=2e-4)
+    alone = evaluate(FULL, jax.device_get(merged), batch)
+    real = batch['segments'] > 0
+    np.testing.assert_allclose(said['logits'][real], alone['logits'][real], atol=1e-5 * np.abs(alone['logits']).max())
 
 
 # What speaks of which token.

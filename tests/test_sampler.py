@@ -1,6 +1,8 @@
 """The sampler: the distribution it draws from, what a row depends on, and the log-probabilities it reports."""
 
+import dataclasses
 import functools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +15,9 @@ from small import model_config, one_device
 from text import small_tokenizer
 
 from data.errors import InputError
-from model.transformer import Model, Variables
+from model.adapters import merge_adapters
+from model.transformer import Model, Variables, subtree
+from tests.tiny import randomized
 from train import sampler
 from train.decoding import BLOCK, decode, draw
 from train.sampler import Completion, row_keys, sample_tokens
@@ -243,6 +247,20 @@ def test_experts_chosen_in_sampling_are_those_of_the_full_forward_pass() -> None
             expected = scored(prompt, answer.tokens, 1.0)[2]
             np.testing.assert_array_equal(np.sort(answer.expert_ids)[:read], np.sort(expected)[:read])
     assert answers()[0][0].expert_ids is None
+
+
+def test_adapters_are_merged_before_decoding() -> None:
+    made, variables = model()
+    adapted = Model(dataclasses.replace(made.config, lora_rank=2))
+    adapters = subtree(randomized(adapted.declared, seed=3)['params'], re.compile('_lora_').search)
+    both = adapted.init(0, one_device(), {**variables, 'params': adapters})  # the rest is as in `model`
+    settings: dict[str, Any] = {'samples': 1, 'temperature': 0.0, 'max_tokens': MAX_TOKENS}
+    keys = row_keys(5, range(len(PROMPTS)), 1)
+    found, expected = (
+        [a.tokens for (a,) in sample_tokens(*pair, small_tokenizer(), PROMPTS, keys=keys, **settings)]
+        for pair in ((adapted, both), merge_adapters(adapted, both))
+    )
+    assert found == expected != [a.tokens for (a,) in answers(samples=1, temperature=0.0)]
 
 
 def test_keys_are_distinct_across_prompts_samples_and_steps() -> None:

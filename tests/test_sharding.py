@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -156,6 +157,16 @@ def test_many_devices_are_as_one_with_grouped_queries() -> None:
     for name in ('pairs', 'distillation', 'grpo'):
         np.testing.assert_allclose(found[name][0], expected[name][0], rtol=1e-5, err_msg=name)
         assert_trees_close(found[name][1], expected[name][1], tolerance=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [{'fsdp': 2, 'expert': 2, 'tensor': 2}, {'data': 4, 'context': 2}], ids=str)
+def test_many_devices_are_as_one_with_adapters(sizes: dict[str, int]) -> None:
+    adapted = dataclasses.replace(LATENT, lora_rank=4)
+    found, expected = run(adapted, devices(**sizes)), alone(adapted)
+    for name, (loss, gradients) in expected.items():
+        np.testing.assert_allclose(found[name][0], loss, rtol=1e-5, err_msg=name)
+        assert_trees_close(found[name][1], gradients, tolerance=1e-5)
 
 
 def test_what_does_not_divide_is_named() -> None:

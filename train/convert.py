@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from model.huggingface import (
     multi_token_modules,
     scale_block,
 )
+from model.layers import LORA_A, LORA_B, adapted
 from model.sharding import make_mesh
 from model.transformer import Model
 from train.checkpoint import (
@@ -251,7 +253,8 @@ def export_model(
     name, step = split_address(address)
     origin = stage_folder(name)
     record = read_json(origin / 'config.json')
-    config = ModelConfig.from_dict(record['model'])
+    stored = Model(ModelConfig.from_dict(record['model']))
+    config = dataclasses.replace(stored.config, lora_rank=0)  # adapters are merged
     try:
         fields = config_to_hub(config, architecture or record.get('architecture', ''))
     except ValueError as error:
@@ -278,7 +281,7 @@ def export_model(
     if len(plan) > 1:
         files = [f'model-{i:05d}-of-{len(plan):05d}.safetensors' for i in range(1, len(plan) + 1)]
 
-    wanted = model.shapes(make_mesh({}, jax.devices()[:1]))
+    wanted = stored.shapes(make_mesh({}, jax.devices()[:1]))
     checkpoints = Checkpoints(origin / 'checkpoints', read_only=True)
     try:
         read = checkpoints.reader({part: wanted[part] for part in ('params', 'balance')}, step)
@@ -286,7 +289,7 @@ def export_model(
             pending: dict[str, np.ndarray] = {}
             left = list(zip(files, plan, strict=True))
             for leaf in tqdm(parts, desc='arrays', disable=None):
-                array = read(leaf.path).reshape(-1, *leaf.shape[leaf.stacked :])
+                array = _read_adapted(read, leaf, stored).reshape(-1, *leaf.shape[leaf.stacked :])
                 for name, value in zip(leaf.names, array, strict=True):
                     tensor = leaf.to_hub(value).astype(_stored_type(leaf, dtype), copy=False)
                     for copy in (name, *repeated.get(name, ())):
@@ -302,6 +305,14 @@ def export_model(
             _copy_tokenizer(tokenizer_folder(origin), folder)
     finally:
         checkpoints.close()
+
+
+def _read_adapted(read: Callable[[Sequence[str]], np.ndarray], leaf: Leaf, model: Model) -> np.ndarray:
+    """An array of a checkpoint with its adapter, where the checkpoint's model has one for it, merged."""
+    array, (a, b) = read(leaf.path), [(*leaf.path[:-1], leaf.path[-1] + name) for name in (LORA_A, LORA_B)]
+    if '/'.join(a) not in model.paths:
+        return array
+    return np.asarray(adapted(array, read(a), read(b), leaf.stacked, model.config))
 
 
 def _stored_type(leaf: Leaf, dtype: str) -> np.dtype:

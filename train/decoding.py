@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model import cache as latent_cache
+from model.adapters import merge_adapters
 from model.backend import trips
 from model.sharding import constrain
 from model.transformer import Model, Variables, layer_parts
@@ -150,6 +151,7 @@ def decode(
     """
     longest = pool['tokens'].shape[1]
     width = jax.tree.leaves(pool['cache'])[0].shape[2] - longest
+    model, variables = merge_adapters(model, variables)
     variables = model.in_parts(variables)
 
     def likeliest(logits: jax.Array, *_: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,10 +9,8 @@ import jax
 import optax
 
 from data.errors import InputError
-from model.layers import Declared
+from model.layers import STACKED, Declared
 from model.transformer import is_declared
-
-STACKED = ('layers', 'experts')  # axes along which independent weights are stacked
 
 
 def learning_rate(config: Mapping[str, Any], steps: int) -> optax.Schedule:
