@@ -21,7 +21,9 @@ BLOCKS = {'cpu': 128, 'gpu': 128, 'tpu': 256}
 Statistics = dict[str, jax.Array]
 
 
-def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def route(
+    scores: jax.Array, bias: jax.Array, config: ModelConfig, given: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Chooses experts by biased scores and weighs them by unbiased ones (DeepSeek-V3, equations 12 to 16).
 
     With groups, only the topk_group groups with the largest sum of their two best biased scores take part (their single
@@ -30,6 +32,8 @@ def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.
 
     Args:
         scores: affinities after sigmoid or softmax, float32 [..., E]; bias: float32 [E].
+        given: int32 [..., k], experts that were chosen before and are taken again (Ma et al. 2025, "R3"), weighed by
+            the scores as they are now; -1 where a token is to choose.
 
     Returns:
         Expert ids int32 [..., k] and their weights float32 [..., k].
@@ -42,6 +46,8 @@ def route(scores: jax.Array, bias: jax.Array, config: ModelConfig) -> tuple[jax.
         allowed = jax.nn.one_hot(kept, config.n_group, dtype=jnp.bool_).any(-2)
         choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
     _, ids = lax.top_k(lax.stop_gradient(choice), config.num_experts_per_tok)
+    if given is not None:
+        ids = jnp.where(given[..., :1] < 0, ids, given)
     weights = jnp.take_along_axis(scores, ids, axis=-1)
     if config.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
@@ -123,15 +129,20 @@ class MixtureOfExperts(Module):
     """Routed fine-grained experts beside shared ones (DeepSeekMoE, Dai et al. 2024)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, segments: jax.Array) -> tuple[jax.Array, Statistics]:
-        """x [B, T, hidden_size] -> (output, statistics of `routing_statistics`, and 'expert_ids' [B, T, k])."""
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, given: jax.Array | None = None
+    ) -> tuple[jax.Array, Statistics]:
+        """x [B, T, hidden_size] -> (output, statistics of `routing_statistics`, and 'expert_ids' [B, T, k]).
+
+        given: experts [B, T, k] that tokens are sent to (see `route`), if any.
+        """
         c = self.config
         experts, hidden, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
         # The router is small and sensitive: float32 throughout.
         logits = x.astype(jnp.float32) @ self.weight('gate', (hidden, experts), ('embed', None), role='router')
         scores = jax.nn.sigmoid(logits) if c.scoring_func == 'sigmoid' else jax.nn.softmax(logits, axis=-1)
         bias = self.variable('balance', 'bias', jnp.zeros, (experts,), jnp.float32).value
-        ids, weights = route(scores, lax.stop_gradient(bias), c)
+        ids, weights = route(scores, lax.stop_gradient(bias), c, given)
         axes = splits('batch', x.shape[0]), splits('length', x.shape[1])
         token = ('batch', 'length', None)
         count = per_device(

@@ -227,8 +227,9 @@ class Output:
 
     @property
     def expert_ids(self) -> jax.Array:
-        """int32 [B, T, layers, k]: the experts each token chose, in the layers that have experts."""
-        return jnp.moveaxis(self.statistics['expert_ids'], 0, 2)
+        """int32 [B, T, layers, k]: the experts each token chose, in the trunk's layers that have experts."""
+        ids = self.statistics['expert_ids']
+        return jnp.moveaxis(ids[: len(ids) - len(self.multi_token)], 0, 2)
 
     @property
     def value(self) -> jax.Array:

@@ -30,7 +30,13 @@ class Block(Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cache: Entries | None, positions: jax.Array, segments: jax.Array, valid: jax.Array | None
+        self,
+        x: jax.Array,
+        cache: Entries | None,
+        chosen: jax.Array | None,
+        positions: jax.Array,
+        segments: jax.Array,
+        valid: jax.Array | None,
     ) -> tuple[jax.Array, tuple[Entries, Statistics]]:
         c = self.config
         attention = LatentAttention if c.attention == 'mla' else GroupedQueryAttention
@@ -40,7 +46,7 @@ class Block(Module):
         h = self.norm('post_attention_layernorm', x)
         statistics: Statistics = {}
         if self.experts:
-            out, statistics = MixtureOfExperts(c, name='mlp')(h, segments)
+            out, statistics = MixtureOfExperts(c, name='mlp')(h, segments, chosen)
         else:
             out = FeedForward(c, width=c.intermediate_size, name='mlp')(h)
         return constrain(x + out, 'batch', 'length', None), (entries, statistics)
@@ -69,7 +75,7 @@ class MultiTokenModule(Module):
         last = jnp.pad(segments, ((0, 0), (0, self.depth)))[:, self.depth :]
         segments = jnp.where(last == segments, segments, 0)
         block = nn.remat(Block, policy=_policy(c.remat)) if c.remat != 'none' else Block
-        x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, positions, segments, None)
+        x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, None, positions, segments, None)
         return self.norm('norm', x), statistics
 
 
@@ -85,6 +91,7 @@ class Transformer(Module):
         temperature: jax.Array,
         cache: Cache | None,
         valid: jax.Array | None,
+        expert_ids: jax.Array | None,
         multi_token: bool,
     ) -> Output:
         c = self.config
@@ -97,7 +104,7 @@ class Transformer(Module):
             head = self.weight('lm_head', shape, HEAD, inputs=0, role='embedding', gather=False)
 
         if cache is None:
-            x, entries, statistics = self.whole(embedded, positions, segments)
+            x, entries, statistics = self.whole(embedded, expert_ids, positions, segments)
         else:
             x, entries, statistics = self.in_parts(embedded, cache, positions, segments, valid)
         hidden = self.norm('norm', x)
@@ -119,13 +126,16 @@ class Transformer(Module):
         modules = tuple(ahead)
         return Output(hidden, modules, head, tokens, segments, temperature, statistics, entries, value, c.head_chunk)
 
-    def whole(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple[jax.Array, Entries, Statistics]:
+    def whole(
+        self, x: jax.Array, expert_ids: jax.Array | None, positions: jax.Array, segments: jax.Array
+    ) -> tuple[jax.Array, Entries, Statistics]:
         """All layers over tokens with none before them."""
         c, entries, statistics = self.config, [], {}
+        chosen = None if expert_ids is None else jnp.moveaxis(expert_ids, 2, 0)
         for name, count, experts in (('dense_layers', c.num_dense_layers, False), ('layers', c.num_moe_layers, True)):
             if count:
                 stack = _stack(c, count, c.remat)(c, experts=experts, name=name)
-                x, (new, statistics) = stack(x, None, positions, segments, None)
+                x, (new, statistics) = stack(x, None, chosen if experts else None, positions, segments, None)
                 entries.append(new)
         return x, _joined(entries), statistics
 
@@ -138,7 +148,7 @@ class Transformer(Module):
         for part, (name, _, count) in enumerate(layer_parts(self.config)):
             own = {'params': weights[name][part], 'balance': biases[name][part] if name in biases else {}}
             stack = _stack(self.config, count, 'none')(self.config, experts=name == 'layers', parent=None)
-            x, (new, more) = stack.apply(own, x, cache[part], positions, segments, valid)
+            x, (new, more) = stack.apply(own, x, cache[part], None, positions, segments, valid)
             entries.append(new)
             statistics += [more] if more else []
         return x, _joined(entries), _joined(statistics) if statistics else {}
@@ -153,7 +163,7 @@ def _stack(config: ModelConfig, count: int, remat: str) -> Any:
         block,
         variable_axes={'params': 0, 'balance': 0},
         split_rngs={'params': True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=count,
         unroll=1 if config.scan_layers else count,
         metadata_params={nn.PARTITION_NAME: 'layers'},
@@ -193,6 +203,7 @@ class Model:
         cache: Cache | None = None,
         valid: jax.Array | None = None,
         multi_token: bool = False,
+        expert_ids: jax.Array | None = None,
     ) -> Output:
         """Runs the network.
 
@@ -205,9 +216,12 @@ class Model:
             cache, valid: for a decoding step (T = 1): the cache of tokens read before, S slots (see `model.cache`), and
                 which of them, bool [B, S], a row may see. The variables are then those of `in_parts`.
             multi_token: also run the multi-token modules (training does).
+            expert_ids: int32 [B, T, layers, k], as `Output.expert_ids` gives them: the experts that tokens are sent to
+                in the trunk, whatever its routers would choose, weighed by the routers' scores; -1 where a token is to
+                choose as ever. Loads count what was used.
 
         Raises:
-            ValueError: tokens of another rank.
+            ValueError: tokens or expert_ids of another shape.
         """
         if tokens.ndim != 2:
             raise ValueError(f'tokens have shape {tokens.shape}: expected [batch, length]')
@@ -215,8 +229,11 @@ class Model:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
-        scale = jnp.asarray(temperature, jnp.float32)
-        return Transformer(self.config).apply(variables, tokens, positions, segments, scale, cache, valid, multi_token)  # type: ignore[return-value]
+        expected = (*tokens.shape, self.config.num_moe_layers, self.config.num_experts_per_tok)
+        if expert_ids is not None and expert_ids.shape != expected:
+            raise ValueError(f'expert_ids have shape {expert_ids.shape}: expected {expected}')
+        given = (tokens, positions, segments, jnp.asarray(temperature, jnp.float32), cache, valid, expert_ids)
+        return Transformer(self.config).apply(variables, *given, multi_token)  # type: ignore[return-value]
 
     def in_parts(self, variables: Variables) -> Variables:
         """The variables as decoding takes them, with the layers' cut along `layer_parts`."""
@@ -251,7 +268,7 @@ class Model:
         def init() -> Any:
             token = jnp.zeros((1, 1), jnp.int32)
             one = jnp.ones((), jnp.float32)
-            return Transformer(self.config).init(jax.random.key(0), token, token, token, one, None, None, True)
+            return Transformer(self.config).init(jax.random.key(0), token, token, token, one, None, None, None, True)
 
         # Outside any mesh: the one token above does not divide among devices.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):

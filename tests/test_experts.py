@@ -226,11 +226,30 @@ def test_each_layer_gets_its_own_loads():
     np.testing.assert_array_equal(rows, np.ones((4, 8)) - 2 * np.eye(4, 8))
 
 
+def test_given_experts_are_weighed_by_the_scores_of_now():
+    config = tiny(num_experts_per_tok=3, routed_scaling_factor=1.7)
+    rng = np.random.default_rng(3)
+    scores, bias = rng.uniform(0.1, 1, size=(6, 8)).astype(np.float32), rng.normal(size=8).astype(np.float32)
+    given = np.stack([rng.permutation(8)[:3] for _ in range(6)]).astype(np.int32)
+    given[2] = -1  # chooses by itself
+    mix = rng.normal(size=(6, 3)).astype(np.float32)
+    ids, weights = route(scores, bias, config, given)
+    slopes = jax.grad(lambda s: jnp.sum(mix * route(s, bias, config, given)[1]))(scores)
+    for t in range(6):
+        chosen = given[t] if t != 2 else reference.route(np.float64(scores[t]), bias, config)[0]
+        np.testing.assert_array_equal(ids[t], chosen)
+        own, total = np.float64(scores[t])[chosen], np.float64(scores[t])[chosen].sum()
+        np.testing.assert_allclose(weights[t], 1.7 * own / total, rtol=1e-6)
+        expected = np.zeros(8)
+        expected[chosen] = 1.7 * (mix[t] / total - (mix[t] * own).sum() / total**2)
+        np.testing.assert_allclose(slopes[t], expected, atol=1e-5)
+
+
 def test_max_violation_is_of_the_whole_batch_and_ignores_padding():
     """Each microbatch is lopsided, the batch is not; a stand-in for the model sends token i to expert i of four."""
 
     class Routing:
-        def apply(self, variables, tokens, positions, segments, temperature, multi_token):
+        def apply(self, variables, tokens, positions, segments, temperature, multi_token, expert_ids):
             load = (jax.nn.one_hot(tokens, 4) * (segments > 0)[..., None]).sum((0, 1))
             statistics = {'load': load[None], 'entropy': jnp.sum(0.5 * (segments > 0))[None]}
             return types.SimpleNamespace(statistics=statistics, loss=variables['params'])

@@ -132,6 +132,26 @@ def test_adapters_are_low_rank_changes_of_every_matrix():
     np.testing.assert_allclose(said['logits'][real], alone['logits'][real], atol=1e-5 * np.abs(alone['logits']).max())
 
 
+def test_experts_that_are_given_are_taken():
+    batch, variables = packed(rows=3), variables_of(FULL)
+    free = evaluate(FULL, variables, batch)
+    own = np.moveaxis(free['statistics']['expert_ids'][: FULL.num_moe_layers], 0, 2)
+    again = evaluate(FULL, variables, {**batch, 'expert_ids': own})
+    assert_trees_close(again, free, tolerance=1e-6)
+    others = (own + 1) % FULL.n_routed_experts
+    others[:, ::3] = -1
+    said = evaluate(FULL, variables, {**batch, 'expert_ids': others})
+    used = np.moveaxis(said['statistics']['expert_ids'][: FULL.num_moe_layers], 0, 2)
+    np.testing.assert_array_equal(used[others >= 0], others[others >= 0])
+    np.testing.assert_array_equal(used[:, ::3, 0], own[:, ::3, 0])  # the first layer sees the same at those places
+    for layer in range(FULL.num_moe_layers):
+        load = np.bincount(used[batch['segments'] > 0][:, layer].ravel(), minlength=FULL.n_routed_experts)
+        np.testing.assert_array_equal(said['statistics']['load'][layer], load)
+    assert np.abs(said['logprob'] - free['logprob']).max() > 1e-2
+    with pytest.raises(ValueError, match=r'expert_ids have shape \(3, 12, 1, 2\): expected \(3, 12, 2, 2\)'):
+        Model(FULL).apply(variables, batch['tokens'], expert_ids=own[:, :, :1])
+
+
 # What speaks of which token.
 
 

@@ -77,6 +77,9 @@ def batch() -> dict[str, np.ndarray]:
     for name in ('behavior_logprob', 'reference_logprob'):
         made[name] = rng.uniform(-5, -3, size=shape).astype(np.float32)
     made['teacher_ids'] = rng.integers(LATENT.vocab_size, size=(*shape, 3)).astype(np.int32)
+    # Every other token is sent to given experts.
+    made['expert_ids'] = (rng.integers(7, size=(*shape, 1, 1)) + np.arange(2)).astype(np.int32)
+    made['expert_ids'][:, ::2] = -1
     made['teacher_logprob'] = rng.normal(size=(*shape, 3)).astype(np.float32)
     return made
 
@@ -88,7 +91,8 @@ def run(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     def loss(params: Any, balance: Any, data: Any, shares: jax.Array) -> jax.Array:
         variables = {'params': params, 'balance': balance}
         depths = config.num_nextn_predict_layers > 0
-        output = model.apply(variables, data['tokens'], data['positions'], data['segments'], multi_token=depths)
+        given = (data['tokens'], data['positions'], data['segments'])
+        output = model.apply(variables, *given, multi_token=depths, expert_ids=data['expert_ids'])
         losses = [
             total_loss(
                 objective,
@@ -105,7 +109,7 @@ def run(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         lambda x, to: jax.device_put(x, to.sharding), randomized(model.declared, deviation=0.3), shapes
     )
     sharded = {
-        name: jax.device_put(x, named_sharding(mesh, x.shape, ('batch', 'length', None)[: x.ndim]))
+        name: jax.device_put(x, named_sharding(mesh, x.shape, ('batch', 'length', None, None)[: x.ndim]))
         for name, x in batch().items()
     }
     with jax.set_mesh(mesh):

@@ -151,6 +151,7 @@ def make_step(
             batch['segments'],
             batch.get('temperature', 1.0),
             multi_token=objective.multi_token,
+            expert_ids=batch.get('expert_ids'),
         )
         terms, metrics = objective.terms(output, batch)
         value = total_loss(objective, terms, below)
