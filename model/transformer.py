@@ -255,6 +255,11 @@ class Model:
         return {name: cut(collection) for name, collection in variables.items()}
 
     @property
+    def adapter(self) -> tuple[int, float]:
+        """Rank and weight of the adapters."""
+        return self.config.lora_rank, self.config.lora_alpha
+
+    @property
     def paths(self) -> set[str]:
         """Of all variables, written with slashes."""
         found: list[str] = []

@@ -20,6 +20,7 @@ from data.mixture import as_dict
 from data.packing import Batch, RowWriter, empty_batch, encode_record
 from data.stream import State as StreamState
 from data.tasks import Prompt, Verdict, final_answer
+from model.adapters import merge_adapters
 from train import stages
 from train.checkpoint import Checkpoints, read_json
 from train.graph import Run, order
@@ -363,3 +364,30 @@ def test_a_stage_may_have_other_parameters_than_its_parent(run: Any) -> None:
     other.workdir = other.workdir.with_name('other')
     with pytest.raises(InputError, match='stages.midtrain.keep_optimizer is True: expected False, as the stage has'):
         other('midtrain')
+
+
+def test_adapters_train_alone_and_are_merged_where_a_stage_has_none(run: Any) -> None:
+    run('pretrain', light=True)()
+
+    def settings(config: ConfigDict, keep: bool = False) -> None:
+        config.stages.midtrain.update(model=ConfigDict({'lora_rank': 2}), trainable='_lora_', sequence_length=32)
+        config.stages.midtrain.mixture = ((0.0, {'arithmetic': 1.0}),)
+        config.stages.sft.update(model=ConfigDict({'lora_rank': 0}), keep_optimizer=keep)
+
+    made = run('pretrain', 'midtrain', 'sft', settings=settings, light=True)
+    start = made.begin('midtrain')[1]
+    made('midtrain')
+    with jax.set_mesh(made.mesh):
+        model, trained = made._other('midtrain', fresh=False)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(trained),
+        jax.tree.leaves({name: start[name] for name in trained}),
+        strict=True,
+    ):
+        assert ('_lora_' in jax.tree_util.keystr(path)) == bool((x != y).any()), path
+    merged = merge_adapters(model, trained)[1]
+    after = made.begin('sft')[1]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after['params']), jax.device_get(merged['params']))
+    other = run('pretrain', 'midtrain', 'sft', settings=functools.partial(settings, keep=True), light=True)
+    with pytest.raises(InputError, match='stages.sft.keep_optimizer is True: expected False'):
+        other._check('sft')

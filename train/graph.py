@@ -19,6 +19,7 @@ from data.mixture import as_dict
 from data.rows import sample_texts
 from data.sources import open_source
 from data.tokenizer import Tokenizer, train_tokenizer
+from model.adapters import merge_adapters
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables, subtree
@@ -154,7 +155,8 @@ class Run:
                 checked(self.config['evaluations'][evaluation])
             self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
-            if stage['keep_optimizer'] and stage['parent'] and model.paths != self._model(stage['parent']).paths:
+            before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model
+            if (before.paths, before.adapter) != (model.paths, model.adapter):
                 raise InputError(
                     f'stages.{name}.keep_optimizer is True: expected False, as the stage has other parameters than '
                     f'its parent {stage["parent"]!r}'
@@ -341,18 +343,23 @@ class Run:
     def _start(self, name: str, model: Model, optimizer: Any, fresh: bool) -> tuple[State, dict[str, Any]]:
         """The state a stage begins with, and the metadata of the checkpoint it comes from.
 
-        Variables that the parent does not have are new, as in a model from scratch.
+        Variables that the parent does not have are new, as in a model from scratch; its adapters, where the stage has
+        others or none, are merged.
         """
         stage, seed = self.stages[name], self._seed(name)
         shapes = model.shapes(self.mesh)
         if fresh or not stage['parent']:
             return initial_state(model.init(seed, self.mesh), optimizer, stage['trainable']), {}
         parent, step = split_address(stage['parent'])
-        before = self._model(parent).paths
-        wanted = subtree(shapes, before.__contains__)
-        if stage['keep_optimizer']:
-            wanted['optimizer'] = optimizer_shapes(optimizer, trained(shapes['params'], stage['trainable']))
-        arrays, metadata = self._restore(parent, step, wanted, part=before != model.paths)
+        before = self._model(parent)
+        if before.config.lora_rank and before.adapter != model.adapter:
+            arrays, metadata = self._restore(parent, step, before.shapes(self.mesh))
+            arrays = subtree(merge_adapters(before, arrays)[1], model.paths.__contains__)
+        else:
+            wanted = subtree(shapes, before.paths.__contains__)
+            if stage['keep_optimizer']:
+                wanted['optimizer'] = optimizer_shapes(optimizer, trained(shapes['params'], stage['trainable']))
+            arrays, metadata = self._restore(parent, step, wanted, part=before.paths != model.paths)
         state = initial_state(model.init(seed, self.mesh, arrays), optimizer, stage['trainable'])
         if stage['keep_optimizer']:
             state['optimizer'] = arrays['optimizer']
