@@ -641,6 +641,14 @@ def test_filtered_keeps_what_the_vote_accepts_and_says_where_it_is_from() -> Non
     assert report['agreement']['alpha'] == 1.0 and report['agreement']['pairs']['verifier, mute'] is None
 
 
+def test_equal_members_draw_with_seeds_of_their_own() -> None:
+    seeds = scripted(lambda prompt, k, seed: str(seed))
+    accept = PromptJudge(scripted(lambda *_: 'Verdict: ACCEPT'))
+    one, other = filtered([chat('q')], {'a': seeds, 'b': seeds}, {'j': accept}, majority())[0]
+    assert one['messages'] != other['messages']
+    assert [one] == filtered([chat('q')], {'a': seeds}, {'j': accept}, majority())[0]
+
+
 def test_filtered_counts_what_endpoints_cost(server: Server, connect: Callable[..., Endpoint]) -> None:
     server.script = lambda handler, prompt, _: (
         handler.reply(200, completion('Verdict: ACCEPT')) if 'Verdict' in prompt else None
@@ -734,6 +742,13 @@ def test_revision_follows_the_critique() -> None:
     assert any('<conversation>user: y\n\nassistant: hm\n\nuser: z</conversation>' in prompt for prompt in asked)
     own = revise(prompts[:1], scripted(lambda p, *_: p[-9:]), ['P'], 1, 0, '{principle}{prompt}{answer}', REVISION)
     assert own[0]['provenance']['rounds'] == [{'principle': 'P', 'critique': 'Pxx', 'revision': 'PxxPxx'}]
+
+
+def test_an_unfinished_revision_leaves_the_answer() -> None:
+    generator = scripted(lambda prompt, *_: '' if 'Write the answer anew' in prompt else 'said')
+    (record,) = revise([chat('x')], generator, ['P'], 2, 0)
+    assert record['messages'][-1]['content'] == 'said'
+    assert [turn['revision'] for turn in record['provenance']['rounds']] == ['', '']
 
 
 REVISION = '{principle}{prompt}{answer}{critique}'
