@@ -205,8 +205,8 @@ class Output:
         temperature: float32 scalar that divides the logits.
         statistics: of the expert layers, stacked [layers, ...] (see `experts.MixtureOfExperts`); empty if dense.
         entries: what the tokens add to the cache, stacked [layers, B, T, ...].
-        value_head: float32 [D], None where the model has none.
         chunk: tokens whose logits exist at one time.
+        value_head: float32 [D], None where the model has none.
     """
 
     hidden: jax.Array
@@ -217,8 +217,8 @@ class Output:
     temperature: jax.Array
     statistics: Statistics
     entries: dict[str, jax.Array]
-    value_head: jax.Array | None
     chunk: int = dataclasses.field(metadata={'static': True})
+    value_head: jax.Array | None = None
 
     @property
     def logits(self) -> jax.Array:

@@ -124,7 +124,7 @@ class Transformer(Module):
                     key: jnp.concatenate([statistics[key], x]) if statistics else x for key, x in layer.items()
                 }
         modules = tuple(ahead)
-        return Output(hidden, modules, head, tokens, segments, temperature, statistics, entries, value, c.head_chunk)
+        return Output(hidden, modules, head, tokens, segments, temperature, statistics, entries, c.head_chunk, value)
 
     def whole(
         self, x: jax.Array, expert_ids: jax.Array | None, positions: jax.Array, segments: jax.Array
