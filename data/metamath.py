@@ -1,69 +1,61 @@
-"""Metamath: databases of axioms, theorems and their formal proofs, and a small checker of them.
+"""Metamath: databases of axioms, theorems and formal proofs, and a small checker of them.
 
 Written from the language's specification: Norman Megill and David A. Wheeler, "Metamath: A Computer Language for
-Mathematical Proofs", 2019, section 4.1 and appendices B (compressed proofs) and E (grammar).
+Mathematical Proofs", 2019, section 4.1 and appendix B (compressed proofs).
 """
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from data.errors import InputError
 
 Symbols: TypeAlias = tuple[str, ...]
-Pair: TypeAlias = tuple[str, str]  # two variables that must stay disjoint, in alphabetical order
+Pair: TypeAlias = tuple[str, str]  # variables that must stay disjoint, in alphabetical order
 
-FOREIGN = re.compile(r'[^!-~ \t\r\n\f]')
 BLANK = ' \t\r\n\f'
-TOKEN = re.compile(r'[ \t\r\n\f]*([!-~]+)')
+FOREIGN = re.compile(rf'[^!-~{BLANK}]')
+TOKEN = re.compile(rf'[{BLANK}]*([!-~]+)')
 COMMENT_END = re.compile(r'\$[()]\S*')
 LABEL = re.compile(r'[A-Za-z0-9._-]+')
 SAVE = -1  # the step of a compressed proof that keeps the last result for later
-# Bounds on hostile input, in symbols read or written. The proofs of set.mm, the largest database there is, take 60,000
-# at most; its statements take 1.3 for each character of its text.
+# Bounds on hostile input, in symbols read or written. The proofs of set.mm (2021), by far the largest database, take
+# 234,912 at most, and its statements 0.1 a character.
 WORK_OF_PROOF = 5_000_000
-WORK_PER_CHARACTER = 20
+WORK_PER_CHARACTER = 2
 WORK_OF_DATABASE = 1_000_000
-
-
-@dataclass(slots=True)
-class Hypothesis:
-    """A $f (`floating`: a type and a variable) or a $e statement, active for statements between `number` and `end`."""
-
-    symbols: Symbols
-    floating: bool
-    number: int
-    end: float = float('inf')
-
-
-@dataclass(frozen=True, slots=True)
-class Assertion:
-    """A $a or $p statement with its mandatory hypotheses and pairs, and all the pairs in force where it stands."""
-
-    symbols: Symbols
-    number: int
-    hypotheses: tuple[str, ...]
-    disjoint: tuple[Pair, ...]
-    in_force: frozenset[Pair]
-    proof: tuple[str, ...] | None = None
 
 
 class Reject(Exception):
     """Why a proof, or a statement, does not hold."""
 
 
+@dataclass(slots=True)
+class Statement:
+    """A statement with a label. Hypotheses are active from their number on until `end`; the rest is for $a and $p."""
+
+    kind: str
+    symbols: Symbols
+    number: int
+    end: float = float('inf')
+    hypotheses: tuple[str, ...] = ()  # mandatory, as are these pairs
+    disjoint: tuple[Pair, ...] = ()
+    in_force: frozenset[Pair] = frozenset()  # all pairs that are active here
+    proof: Symbols = ()
+
+
 class Database:
     """The statements of a database by label. `Database.parse` makes one; its proofs are not checked until asked."""
 
     def __init__(self) -> None:
-        self.statements: dict[str, Hypothesis | Assertion] = {}
+        self.statements: dict[str, Statement] = {}
         self._constants: set[str] = set()
-        self._variables: dict[str, str] = {}  # of any scope -> its type, which is global; '' before there is one
+        self._types: dict[str, str] = {}  # of all variables: they are global, unlike the variables; '' if not yet known
         # What is active, in order of declaration, so that a block ends by taking the last ones back.
         self._active: dict[str, str] = {}  # variable -> label of its $f, '' before there is one
-        self._hypotheses: list[Hypothesis] = []
+        self._hypotheses: list[Statement] = []
         self._essential: list[str] = []
         self._pairs: dict[Pair, None] = {}
         self._blocks: list[tuple[int, int, int, int]] = []
@@ -72,29 +64,26 @@ class Database:
 
     @classmethod
     def parse(
-        cls,
-        text: str,
-        name: str = 'database',
-        include: Callable[[str], str] | None = None,
-        base: 'Database | None' = None,
+        cls, text: str, name: str = 'database', files: Mapping[str, str] | None = None, base: 'Database | None' = None
     ) -> 'Database':
-        """The database `text`, which goes on from `base`; `include` returns the text of a file, or raises OSError.
+        """The database `text`, which may include `files` by name and goes on from `base`.
 
-        Raises InputError naming the file, the line and the statement at fault. Work is bounded by the texts' length.
+        Raises InputError naming the file, the line and the statement at fault. Work is linear in the texts' length.
         """
-        database, files = cls(), [_File(name, text)]
+        database, reading = cls(), [_File(name, text)]
         if base is not None:
             vars(database).update({key: copy.copy(value) for key, value in vars(base).items()})
+        database._work.room += WORK_PER_CHARACTER * (len(text) + sum(map(len, (files or {}).values())))
         try:
-            database._read(files, include)
+            database._read(reading, {**(files or {}), name: ''})
         except Reject as reject:
-            raise InputError(f'{files[-1].place()}: {reject}') from None
+            raise InputError(f'{reading[-1].place()}: {reject}') from None
         return database
 
     @property
     def theorems(self) -> list[str]:
         """Labels of the $p statements."""
-        return [k for k, v in self.statements.items() if isinstance(v, Assertion) and v.proof is not None]
+        return [label for label, statement in self.statements.items() if statement.kind == '$p']
 
     def check(self, label: str, proof: Sequence[str] | None = None) -> str:
         """Why `proof`, normal or compressed, does not prove the theorem; '' if it does. Without one, its own is judged.
@@ -102,7 +91,7 @@ class Database:
         Raises InputError if `label` is no $p statement. Work is bounded, whatever the proof.
         """
         theorem = self.statements.get(label)
-        if not isinstance(theorem, Assertion) or theorem.proof is None:
+        if theorem is None or theorem.kind != '$p':
             raise InputError(f'{label!r} is no $p statement of the database')
         try:
             self._check(theorem, theorem.proof if proof is None else proof)
@@ -112,31 +101,27 @@ class Database:
 
     # Reading
 
-    def _read(self, files: 'list[_File]', include: Callable[[str], str] | None) -> None:
-        seen = {files[0].name}
-        while files:
-            file = files[-1]
+    def _read(self, reading: 'list[_File]', files: dict[str, str]) -> None:
+        while reading:
+            file = reading[-1]
             file.statement = ''
-            self._work.room += WORK_PER_CHARACTER * file.take_length()
             token = next(file, None)
             if token is None:
-                if len(files) == 1 and self._blocks:
+                if len(reading) == 1 and self._blocks:
                     raise Reject('${ without $}')
-                files.pop()
+                reading.pop()
             elif token == '$[':
                 name = ' '.join(file.until('$]'))
-                if self._blocks:
-                    raise Reject('$[ within a block')
-                if name not in seen:
-                    seen.add(name)
-                    files.append(_File(name, _text(name, include)))
+                if self._blocks or name not in files:
+                    raise Reject('$[ within a block' if self._blocks else f'no file {name!r} to include')
+                if text := files[name]:
+                    files[name] = ''  # the second time, it is left out
+                    reading.append(_File(name, text))
             elif token == '${':
                 self._blocks.append((len(self._active), len(self._hypotheses), len(self._essential), len(self._pairs)))
             elif token == '$}':
                 self._end_block()
-            elif token == '$d':
-                self._keep_disjoint(file.until('$.'))
-            elif token in ('$c', '$v'):
+            elif token in ('$c', '$v', '$d'):
                 self._declare(token, file.until('$.'))
             elif '$' in token:
                 raise Reject(f'{token} where a statement was expected')
@@ -150,31 +135,31 @@ class Database:
         active, hypotheses, essential, pairs = self._blocks.pop()
         for hypothesis in self._hypotheses[hypotheses:]:
             hypothesis.end = len(self.statements)
-            if hypothesis.floating:
+            if hypothesis.kind == '$f':
                 self._active[hypothesis.symbols[1]] = ''
         del self._hypotheses[hypotheses:], self._essential[essential:]
         for entries, keep in ((self._active, active), (self._pairs, pairs)):
             while len(entries) > keep:
                 entries.popitem()
 
-    def _keep_disjoint(self, symbols: Symbols) -> None:
-        self._work.spend(len(symbols) ** 2)
-        if len(symbols) < 2 or len(set(symbols)) < len(symbols) or not all(s in self._active for s in symbols):
-            raise Reject('$d takes two or more distinct active variables')
-        ordered = sorted(symbols)
-        self._pairs.update({(x, y): None for i, x in enumerate(ordered) for y in ordered[i + 1 :]})
-
     def _declare(self, kind: str, symbols: Symbols) -> None:
-        if not symbols or (kind == '$c' and self._blocks):
+        if kind == '$d':
+            self._work.spend(len(symbols) ** 2)
+            if len(symbols) < 2 or len(set(symbols)) < len(symbols) or not all(s in self._active for s in symbols):
+                raise Reject('$d takes two or more distinct active variables')
+            ordered = sorted(symbols)
+            self._pairs.update({(x, y): None for i, x in enumerate(ordered) for y in ordered[i + 1 :]})
+        elif not symbols or (kind == '$c' and self._blocks):
             raise Reject(f'{kind} within a block' if symbols else f'{kind} declares nothing')
-        for symbol in symbols:
-            taken = symbol in self._constants or symbol in self._active or symbol in self.statements
-            if taken or (kind == '$c' and symbol in self._variables):
+        for symbol in symbols if kind != '$d' else ():
+            if symbol in self._constants or symbol in (self._types if kind == '$c' else self._active):
                 raise Reject(f'{symbol!r} is taken already')
+            if symbol in self.statements:
+                raise Reject(f'{symbol!r} is taken already, by a label')
             if kind == '$c':
                 self._constants.add(symbol)
             else:
-                self._variables.setdefault(symbol, '')
+                self._types.setdefault(symbol, '')
                 self._active[symbol] = ''
 
     def _state(self, label: str, file: '_File') -> None:
@@ -185,53 +170,43 @@ class Database:
         symbols = file.until('$=' if kind == '$p' else '$.')
         if not LABEL.fullmatch(label):
             raise Reject('a label is of letters, digits, "-", "_" and "."')
-        if label in self.statements or label in self._constants or label in self._variables:
+        if label in self.statements or label in self._constants or label in self._types:
             raise Reject('the label is taken already')
         if not symbols or symbols[0] not in self._constants:
             raise Reject(f'{kind} begins with a constant')
+        statement = Statement(kind, symbols, len(self.statements))
         if kind == '$f':
-            self._type(label, symbols)
+            variable = symbols[-1]
+            if len(symbols) != 2 or self._active.get(variable) != '':
+                raise Reject('$f takes a constant and an active variable that has no active $f')
+            if self._types[variable] not in ('', symbols[0]):
+                raise Reject(f'{variable!r} is of type {self._types[variable]!r} elsewhere')
+            self._types[variable], self._active[variable] = symbols[0], label
+        elif unknown := [s for s in symbols if s not in self._constants and not self._active.get(s)]:
+            raise Reject(f'{unknown[0]!r} is neither a constant nor a variable with an active $f')
+        if kind in ('$f', '$e'):
+            self._hypotheses.append(statement)
+            self._essential += [label] if kind == '$e' else []
         else:
-            for symbol in symbols:
-                if symbol not in self._constants and not self._active.get(symbol):
-                    raise Reject(f'{symbol!r} is neither a constant nor a variable with an active $f')
-        if kind in ('$a', '$p'):
-            self.statements[label] = self._assertion(symbols, file.until('$.') if kind == '$p' else None)
-            return
-        if kind == '$e':
-            self._essential.append(label)
-        self._hypotheses.append(Hypothesis(symbols, kind == '$f', len(self.statements)))
-        self.statements[label] = self._hypotheses[-1]
+            self._frame(statement)
+            statement.proof = file.until('$.') if kind == '$p' else ()
+        self.statements[label] = statement
 
-    def _type(self, label: str, symbols: Symbols) -> None:
-        if len(symbols) != 2 or self._active.get(symbols[1]) != '':
-            raise Reject('$f takes a constant and an active variable that has no active $f')
-        kind, variable = symbols
-        if self._variables[variable] not in ('', kind):
-            raise Reject(f'{variable!r} is of type {self._variables[variable]!r} elsewhere')
-        self._variables[variable], self._active[variable] = kind, label
-
-    def _assertion(self, symbols: Symbols, proof: Symbols | None) -> Assertion:
-        used = set(symbols)
-        for label in self._essential:
-            used.update(self.statements[label].symbols)
-            self._work.spend(len(self.statements[label].symbols))
-        self._work.spend(len(symbols) + len(self._pairs))
-        typed = [self._active[symbol] for symbol in used if symbol in self._active]
+    def _frame(self, assertion: Statement) -> None:
+        """Give the assertion its hypotheses and pairs."""
+        expressions = [assertion.symbols, *(self.statements[label].symbols for label in self._essential)]
+        self._work.spend(sum(map(len, expressions)) + len(self._pairs))
+        used = set().union(*expressions)
+        labels = [*self._essential, *(self._active[symbol] for symbol in used if symbol in self._active)]
         if self._in_force != self._pairs.keys():
             self._in_force = frozenset(self._pairs)
-        return Assertion(
-            symbols=symbols,
-            number=len(self.statements),
-            hypotheses=tuple(sorted([*typed, *self._essential], key=lambda label: self.statements[label].number)),
-            disjoint=tuple((x, y) for x, y in self._pairs if x in used and y in used),
-            in_force=self._in_force,
-            proof=proof,
-        )
+        assertion.hypotheses = tuple(sorted(labels, key=lambda label: self.statements[label].number))
+        assertion.disjoint = tuple((x, y) for x, y in self._pairs if x in used and y in used)
+        assertion.in_force = self._in_force
 
     # Checking
 
-    def _check(self, theorem: Assertion, proof: Sequence[str]) -> None:
+    def _check(self, theorem: Statement, proof: Sequence[str]) -> None:
         stack: list[Symbols] = []
         saved: list[Symbols] = []
         work = _Work(WORK_OF_PROOF)
@@ -249,21 +224,21 @@ class Database:
         if stack[0] != theorem.symbols:
             raise Reject(f'it proves {" ".join(stack[0][:50])}')
 
-    def _usable(self, label: str, theorem: Assertion) -> Hypothesis | Assertion:
+    def _usable(self, label: str, theorem: Statement) -> Statement:
         """The statement that the theorem's proof names."""
         statement = self.statements.get(label)
         if label == '?':
             raise Reject('it is incomplete: it has a ?')
         if statement is None or statement.number >= theorem.number:
-            raise Reject(f'{label!r} is no earlier statement')
-        if isinstance(statement, Hypothesis) and statement.end <= theorem.number:
+            raise Reject(f'{label[:50]!r} is no earlier statement')
+        if statement.end <= theorem.number:
             raise Reject(f'{label!r} is a hypothesis of another block')
         return statement
 
-    def _step(self, label: str, theorem: Assertion, stack: list[Symbols], work: '_Work') -> None:
+    def _step(self, label: str, theorem: Statement, stack: list[Symbols], work: '_Work') -> None:
         """Put a hypothesis on the stack, or what an assertion yields from the entries for its hypotheses."""
         statement = self._usable(label, theorem)
-        if isinstance(statement, Hypothesis):
+        if statement.kind in ('$f', '$e'):
             stack.append(statement.symbols)
             return
         start = len(stack) - len(statement.hypotheses)
@@ -273,43 +248,42 @@ class Database:
         values: dict[str, Symbols] = {}
         for name, entry in zip(statement.hypotheses, stack[start:], strict=True):
             hypothesis = self.statements[name]
-            if isinstance(hypothesis, Hypothesis) and hypothesis.floating:
-                if entry[0] != hypothesis.symbols[0]:
-                    raise Reject(f'{label} wants a {hypothesis.symbols[0]} for {name}, not a {entry[0]}')
+            if hypothesis.kind == '$e':
+                if work.substitute(hypothesis.symbols, values) != entry:
+                    raise Reject(f'{label} does not fit: {" ".join(entry[:50])} is not {name}')
+            elif entry[0] != hypothesis.symbols[0]:
+                raise Reject(f'{label} wants a {hypothesis.symbols[0]} for {name}, not a {entry[0]}')
+            else:
                 values[hypothesis.symbols[1]] = entry[1:]
-            elif work.substitute(hypothesis.symbols, values) != entry:
-                raise Reject(f'{label} does not fit: {" ".join(entry[:50])} is not {name}')
         for x, y in statement.disjoint:
             work.spend(len(values[x]) + len(values[y]))
-            left, right = self._variables.keys() & values[x], self._variables.keys() & values[y]
+            left, right = self._types.keys() & values[x], self._types.keys() & values[y]
             work.spend(len(left) * len(right))
             if not all((min(a, b), max(a, b)) in theorem.in_force for a in left for b in right):
                 raise Reject(f'{label} wants {x} and {y} to be disjoint')
         stack[start:] = [work.substitute(statement.symbols, values)]
 
-    def _decompress(self, theorem: Assertion, proof: Sequence[str]) -> Iterator[str | int]:
+    def _decompress(self, theorem: Statement, proof: Sequence[str]) -> Iterator[str | int]:
         """The steps of a compressed proof: labels, numbers of saved results, and SAVE."""
         if ')' not in proof:
             raise Reject('it has a "(" but no ")"')
-        close = list(proof).index(')')
+        close = proof.index(')')
         labels = [*theorem.hypotheses, *proof[1:close]]
         if not set(theorem.hypotheses).isdisjoint(proof[1:close]):
             raise Reject('it lists a mandatory hypothesis')
-        statements = [self._usable(label, theorem) for label in labels]
+        kinds = [self._usable(label, theorem).kind for label in labels]
         number, savable = 0, False
         for letter in ''.join(proof[close + 1 :]):
             if 'A' <= letter <= 'T':
                 number = 20 * number + ord(letter) - ord('A')
                 yield labels[number] if number < len(labels) else number - len(labels)
-                savable = number < len(labels) and isinstance(statements[number], Assertion)
+                savable = number < len(labels) and kinds[number] in ('$a', '$p')  # others have a short name already
                 number = 0
             elif 'U' <= letter <= 'Y' and number < 10**9:
                 number, savable = 5 * number + ord(letter) - ord('U') + 1, False
-            elif letter == 'Z' and savable:
-                yield SAVE
+            elif letter in ('Z', '?') and (savable or letter == '?'):
+                yield SAVE if letter == 'Z' else letter
                 savable = False
-            elif letter == '?':
-                yield letter
             else:
                 raise Reject(f'{letter!r} is out of place')
         if number:
@@ -318,7 +292,7 @@ class Database:
 
 @dataclass(slots=True)
 class _Work:
-    """A bound on what hostile input may cost, in symbols that are still free."""
+    """What hostile input may still cost, in symbols."""
 
     room: int
 
@@ -345,8 +319,7 @@ class _File:
     """The tokens of a file, comments left out, and the place of the last one."""
 
     def __init__(self, name: str, text: str) -> None:
-        self.name, self.statement = name, ''
-        self._text, self._at, self._new = text, 0, len(text)
+        self.name, self.statement, self._text, self._at = name, '', text, 0
         if found := FOREIGN.search(text):
             self._at = found.start()
             raise InputError(f'{self.place()}: {found[0]!r} is no character of Metamath')
@@ -355,12 +328,7 @@ class _File:
         line = f'{self.name}:{self._text.count(chr(10), 0, self._at) + 1}'
         return f'{line}: {self.statement[:50]}' if self.statement else line
 
-    def take_length(self) -> int:
-        """The length of the text, the first time."""
-        length, self._new = self._new, 0
-        return length
-
-    def __iter__(self) -> 'Iterator[str]':
+    def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
@@ -381,16 +349,6 @@ class _File:
             if token == end:
                 return tuple(found)
             if '$' in token:
-                raise Reject(f'{token} where {end} was expected')
+                raise Reject(f'{token[:50]} where {end} was expected')
             found.append(token)
         raise Reject(f'the text ends where {end} was expected')
-
-
-def _text(name: str, include: Callable[[str], str] | None) -> str:
-    """The text of an included file."""
-    if include is None:
-        raise Reject(f'no file {name!r} to include')
-    try:
-        return include(name)
-    except OSError as error:
-        raise Reject(f'cannot include {name!r}: {error.strerror}') from None

@@ -32,6 +32,9 @@ OPTIONS = [
     ('needle', {'pairs': 6, 'questions': 3}),
     ('code', {}),
     ('code', {'level': (3, 4), 'examples': 3}),
+    ('proof', {}),
+    ('proof', {'steps': 1, 'distractors': 0}),
+    ('proof', {'steps': 8, 'distractors': 3}),
 ]
 EVERY = pytest.mark.parametrize(('name', 'options'), OPTIONS)
 APPLY = {'+': operator.add, '-': operator.sub, '*': operator.mul}
@@ -76,7 +79,7 @@ def test_reference_passes_and_stubs_fail(name, options):
 
 @EVERY
 def test_splits_never_overlap(name, options):
-    slow = name == 'sudoku' or options.get('operations') == 20
+    slow = name == 'sudoku' or options.get('operations') == 20 or options.get('steps') == 8
     count = 40 if slow else 200 if name == 'code' else 1200
     keys = {
         split: {get_task(name, split, **options).prompt(i).key for i in range(count)} for split in ('train', 'heldout')
@@ -108,8 +111,9 @@ def test_sudoku_of_size_4_splits_all_288_grids():
 def test_prompts_are_the_same_in_every_process():
     code = (
         'import hashlib, sys\nfrom data.tasks import get_task\n'
-        "text = ''.join(repr(get_task(n, s).prompt(i)) for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle',"
-        " 'code') for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
+        "text = ''.join(repr(get_task(n, s).prompt(i))"
+        " for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle', 'code', 'proof')"
+        " for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
         'print(hashlib.sha256(text.encode()).hexdigest())'
     )
     digests = {
@@ -126,7 +130,8 @@ def test_prompts_are_the_same_in_every_process():
 
 
 def test_unknown_names_and_bad_options_say_what_was_expected():
-    assert task_names() == sorted(task_names()) and {'arithmetic', 'needle', 'sudoku', 'wordgraph'} <= set(task_names())
+    assert task_names() == sorted(task_names())
+    assert {'arithmetic', 'needle', 'proof', 'sudoku', 'wordgraph'} <= set(task_names())
     for message, name, options in [
         ("unknown task 'aritmetic'.*did you mean 'arithmetic'", 'aritmetic', {}),
         ("unknown option 'operation'.*did you mean 'operations'", 'wordgraph', {'operation': 3}),
@@ -142,6 +147,8 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('max_value must be an integer', 'arithmetic', {'max_value': 9.0}),
         ('size must be one of 4, 6, 9, got 5', 'sudoku', {'size': 5}),
         ('questions must be', 'needle', {'questions': 9}),
+        ('steps must be', 'proof', {'steps': (0, 3)}),
+        ('distractors must be', 'proof', {'distractors': 7}),
         ('pairs must be', 'needle', {'pairs': (8, 1000)}),
         ('level must be', 'code', {'level': 7}),
         ('examples must be', 'code', {'examples': 0}),

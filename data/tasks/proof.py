@@ -5,10 +5,10 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, permutations, product
-from typing import NamedTuple, TypeAlias
+from itertools import chain, permutations, product
+from typing import NamedTuple, TypeAlias, TypeVar
 
-from data.metamath import Assertion, Database
+from data.metamath import Database
 from data.tasks import Part, ProceduralTask, Prompt, Verdict, lines, register, uniform
 
 ATOMS = 'pqrstu'
@@ -33,6 +33,9 @@ SYNTAX = {'~': 'not', '>': 'imp', '&': 'and', '|': 'or'} | {atom: f'w{atom}' for
 LINE = re.compile(r'([1-9][0-9]?) (\S{1,40}) ([a-z]{1,5})((?: [1-9][0-9]?){1,3})')
 LONGEST = 15  # symbols of a formula in a problem
 MAX_LINES = 32  # of a completion
+
+
+T = TypeVar('T')
 
 
 class Rule(NamedTuple):
@@ -75,7 +78,7 @@ class Proof(ProceduralTask):
         goal, steps = problem
         premises = _premises(steps)
         seen = set(ATOMS).intersection(''.join([goal, *premises]))
-        atoms = sorted(ATOMS, key=lambda atom: (atom not in seen, atom))[: max(4, len(seen))]
+        atoms = ''.join(sorted(ATOMS, key=lambda atom: (atom not in seen, atom)))[: max(4, len(seen))]
         count = len(premises) + self.distractors
         while len(premises) < count:
             formula = _random_formula(rng, atoms, 0.9)
@@ -96,14 +99,15 @@ class Proof(ProceduralTask):
         found = lines(completion, MAX_LINES)
         proved = _prove(prompt.info['premises'], [line.text for line in found[:MAX_LINES]])
         parts = [Part('line', float(bool(f)), x.start, x.end) for f, x in zip(proved, found, strict=False)]
-        if len(found) > MAX_LINES or not all(proved):
-            reason = f'more than {MAX_LINES} lines' if len(found) > MAX_LINES else 'a line is not proved'
-        elif not proved or proved[-1] != prompt.info['goal']:
+        reason = ''
+        if not proved or proved[-1] != prompt.info['goal']:
             parts.append(Part('goal', 0.0, len(completion), len(completion)))
-            reason = 'the last line is not the goal'
-        else:
-            return Verdict(1.0, tuple(parts))
-        return Verdict(0.0, tuple(parts), reason)
+            reason = 'the last line does not prove the goal'
+        elif not all(proved):
+            reason = 'a line is not proved'
+        if len(found) > MAX_LINES:
+            reason = f'more than {MAX_LINES} lines'
+        return Verdict(float(not reason), tuple(parts), reason)
 
 
 def _prove(premises: list[str], proof: list[str]) -> list[str]:
@@ -123,8 +127,10 @@ def _prove(premises: list[str], proof: list[str]) -> list[str]:
             return ''
         rule, cited, values = _rules()[form[3]], [int(n) for n in form[4].split()], dict[str, str]()
         claims = [*(formulas.get(n, '') for n in cited), formula]
-        patterns = [*rule.premises, rule.conclusion]
-        if len(claims) != len(patterns) or not all(_match(p, c, values) for p, c in zip(patterns, claims, strict=True)):
+        fits = zip([*rule.premises, rule.conclusion], claims, strict=False)
+        if len(cited) != len(rule.premises) or not all(
+            claim and _match(pattern, claim, values) for pattern, claim in fits
+        ):
             return ''
         formulas[number] = formula
         labels = [SYNTAX[symbol] for name in rule.variables for symbol in _postfix(values[name])]
@@ -155,7 +161,7 @@ def _rules() -> dict[str, Rule]:
     """The rules of LOGIC by name."""
     rules, statements = {}, _logic().statements
     for label, rule in statements.items():
-        if isinstance(rule, Assertion) and rule.symbols[0] == '|-':
+        if rule.kind == '$a' and rule.symbols[0] == '|-':
             taken = [statements[name].symbols for name in rule.hypotheses]
             premises = [''.join(symbols[1:]) for symbols in taken if symbols[0] == '|-']
             rules[label] = Rule([s[1] for s in taken if s[0] == 'wff'], premises, ''.join(rule.symbols[1:]))
@@ -225,35 +231,38 @@ def _derive(rng: random.Random, count: int) -> tuple[str, Steps] | None:
     """
     goal = _random_formula(rng, ATOMS, 0.5)
     steps: Steps = {}
-    unproved = [goal]
+    unproved, rules = [goal], list(_rules().items())
     for _ in range(40 * count):
-        formula, name = rng.choice(unproved), rng.choice(list(_rules()))
-        rule, values = _rules()[name], dict[str, str]()
-        if not _match(rule.conclusion, formula, values):
+        formula, (name, rule) = _pick(rng, unproved), _pick(rng, rules)
+        values: dict[str, str] = {}
+        if len(unproved) + len(rule.premises) > count + 2 or not _match(rule.conclusion, formula, values):
             continue
         for variable in rule.variables:
             if variable not in values:
                 values[variable] = _random_formula(rng, ATOMS, 0.25)
-        premises = [''.join(values.get(symbol, symbol) for symbol in premise) for premise in rule.premises]
+        premises = [''.join([values.get(symbol, symbol) for symbol in premise]) for premise in rule.premises]
         known = {*steps, *unproved, *premises}
         if len(known) < len(steps) + len(unproved) + len(premises) or max(map(len, premises)) > LONGEST:
             continue
-        if len(unproved) + len(premises) <= count + 2:
-            steps[formula] = name, premises
-            unproved.remove(formula)
-            unproved += premises
+        steps[formula] = name, premises
+        unproved.remove(formula)
+        unproved += premises
         if len(steps) == count:
             return goal, steps
     return None
 
 
-def _random_formula(rng: random.Random, atoms: Sequence[str], compound: float) -> str:
+def _pick(rng: random.Random, items: Sequence[T]) -> T:
+    return items[uniform(rng, 0, len(items) - 1)]
+
+
+def _random_formula(rng: random.Random, atoms: str, compound: float) -> str:
     """An atom or, with that chance, something of one or two atoms."""
-    left, right = rng.sample(atoms, 2)
+    left = _pick(rng, atoms)
     if rng.random() >= compound:
         return left
-    operator = rng.choice('~~>&|')
-    return f'~{left}' if operator == '~' else f'({left}{operator}{right})'
+    operator = _pick(rng, '~~>&|')
+    return f'~{left}' if operator == '~' else f'({left}{operator}{_pick(rng, atoms.replace(left, ""))})'
 
 
 def _premises(steps: Steps) -> list[str]:
@@ -272,15 +281,17 @@ def _in_order(formula: str, steps: Steps) -> Iterator[str]:
 def _canonical(goal: str, premises: list[str]) -> str:
     """Equal for problems that differ in the names of atoms and the order of premises only."""
 
-    def pattern(atom: str) -> tuple[str, list[str]]:
+    def pattern(atom: str) -> str:
         """How the atom stands among the others, which may well tell it from all of them."""
-        table = str.maketrans({other: 'x' if other == atom else '.' for other in ATOMS})
-        return goal.translate(table), sorted(premise.translate(table) for premise in premises)
+        table = str.maketrans(ATOMS, ''.join('x' if other == atom else '.' for other in ATOMS))
+        return '; '.join([*sorted(premise.translate(table) for premise in premises), goal.translate(table)])
 
-    atoms = sorted(set(ATOMS).intersection(''.join([goal, *premises])), key=lambda atom: (pattern(atom), atom))
-    alike = [list(group) for _, group in groupby(atoms, key=pattern)]
+    alike: dict[str, list[str]] = {}
+    for atom in ATOMS:
+        if atom in ''.join([goal, *premises]):
+            alike.setdefault(pattern(atom), []).append(atom)
     forms = []
-    for order in product(*map(permutations, alike)):
+    for order in product(*(permutations(alike[key]) for key in sorted(alike))):
         table = str.maketrans(dict(zip(chain.from_iterable(order), ATOMS, strict=False)))
         given = sorted(premise.translate(table) for premise in premises)
         forms.append(f'{"; ".join(map(_write, given))} so {_write(goal.translate(table))}')
