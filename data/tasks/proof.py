@@ -82,7 +82,7 @@ class Proof(ProceduralTask):
         count = len(premises) + self.distractors
         while len(premises) < count:
             formula = _random_formula(rng, atoms, 0.9)
-            if formula not in steps and formula not in premises:
+            if formula not in steps and formula not in premises and not _gives_away(goal, formula):
                 premises.append(formula)
         rng.shuffle(premises)
         numbers = {formula: number for number, formula in enumerate(premises, 1)}
@@ -248,8 +248,14 @@ def _derive(rng: random.Random, count: int) -> tuple[str, Steps] | None:
         unproved.remove(formula)
         unproved += premises
         if len(steps) == count:
-            return goal, steps
+            # A conjunction with the goal among the premises would make the other steps idle.
+            idle = count > 1 and any(_gives_away(goal, premise) for premise in _premises(steps))
+            return None if idle else (goal, steps)
     return None
+
+
+def _gives_away(goal: str, premise: str) -> bool:
+    return premise.startswith(f'({goal}&') or premise.endswith(f'&{goal})')
 
 
 def _pick(rng: random.Random, items: Sequence[T]) -> T:
