@@ -97,6 +97,9 @@ class Constant:
     def restore(self, state: StreamState) -> None:
         self.asked.append(-state['step'])
 
+    def close(self) -> None:
+        pass
+
 
 def rows(records: list[dict[str, Any]], length: int) -> Batch:
     """A batch with a record a row."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from small import get_config
+from small import get_config, one_device
 from text import small_tokenizer
 
 from configs.base import add_stage
 from data.errors import InputError
+from train import graph
 from train.graph import Run
 from train.stages import KINDS
 
@@ -46,7 +47,7 @@ SAMPLED: dict[str, dict[str, Any]] = {
 }
 
 
-def with_methods(folder: Path, names: tuple[str, ...]) -> ConfigDict:
+def with_methods(folder: Path, names: tuple[str, ...], prefix: str = 'a') -> ConfigDict:
     """The small run with one stage more of each of these kinds, behind fine-tuning."""
     config = get_config()
     for name in ('pairs', 'judged', 'steps'):
@@ -57,17 +58,25 @@ def with_methods(folder: Path, names: tuple[str, ...]) -> ConfigDict:
         common: dict[str, Any] = {'parent': 'sft', 'steps': 4, 'save_every': 2, 'sequence_length': 64, 'keep': 4}
         if kind in RECORDS:
             source = {'kto': 'judged', 'process_reward': 'steps'}.get(kind, 'pairs')
-            own = {'batch_size': 4, 'records': 6, 'mixture': ((0.0, {source: 1.0}),), **RECORDS[kind]}
+            own = {'batch_size': 8, 'records': 6, 'mixture': ((0.0, {source: 1.0}),), **RECORDS[kind]}
         elif kind == 'distill':
             mixture = ((0.0, {'arithmetic_chat': 1.0}),)
-            own = {'batch_size': 4, 'top': 4, 'models': {'teacher': 'pretrain'}, 'mixture': mixture}
+            own = {'batch_size': 8, 'top': 4, 'models': {'teacher': 'pretrain'}, 'mixture': mixture}
         else:
             task = {**config.stages.grpo.task.to_dict(), 'operations': 1}
-            own = {'batch_size': 8, 'microbatches': 2, 'prompts': 4, 'samples': 2, 'max_tokens': 8, 'task': task}
+            own = {'batch_size': 16, 'microbatches': 2, 'prompts': 4, 'samples': 4, 'max_tokens': 8, 'task': task}
             # A model that knows nothing earns nothing: throw coins, and something is there to be learnt.
             own |= {'reward': KINDS[kind].defaults['reward'].replace('verifier', 'random'), **SAMPLED[kind]}
-        add_stage(config, f'a_{kind}', kind, **common, **own)
+        add_stage(config, f'{prefix}_{kind}', kind, **common, **own)
     return config
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_mesh() -> Iterator[None]:
+    """One device: tests/test_sharding.py has what more of them do to objectives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, 'make_mesh', lambda _: one_device())
+        yield
 
 
 def prepared(folder: Path, names: tuple[str, ...]) -> Run:
@@ -92,7 +101,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize('kind', ['distill', *RECORDS, *SAMPLED])
+FAST = ('dpo', 'ppo')  # the others take their time to compile
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in ('distill', *RECORDS, *SAMPLED)],
+)
 def test_a_kind_trains_and_comes_back_bit_for_bit(kind: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its metrics are finite and it changes what it should; taken up at step 2 it ends where it had ended."""
     run = prepared(base, (kind,))
@@ -137,7 +152,7 @@ def _weights(run: Run, name: str) -> Any:
 def test_settings_that_cannot_work_are_refused(
     kind: str, change: Callable[[Any], None], message: str, base: Path
 ) -> None:
-    config = with_methods(base, (kind,))
-    change(config.stages[f'a_{kind}'])
+    config = with_methods(base, (kind,), 'b')
+    change(config.stages[f'b_{kind}'])
     with pytest.raises(InputError, match=message):
-        Run(config.to_dict(), base)(f'a_{kind}')
+        Run(config.to_dict(), base)(f'b_{kind}')

@@ -63,7 +63,7 @@ def per_answer(advantage: Callable[[Array], Array]) -> Algorithm:
     """An algorithm that gives all tokens of an answer one advantage, a function of `returns`."""
 
     def algorithm(groups: Groups, _: Mapping[str, Any]) -> None:
-        for group, values in zip(groups, advantage(returns(groups)), strict=True):
+        for group, values in zip(groups, advantage(returns(groups)) if groups else (), strict=True):
             for trajectory, value in zip(group, values, strict=True):
                 trajectory.stamps['advantage'] = np.full(trajectory.count, value)
 
@@ -103,6 +103,8 @@ def best_of_n(rewards: Array) -> Array:
 
 def whiten(groups: Groups) -> None:
     """Takes advantages to mean 0 and deviation 1 over all tokens of the batch (Bessel's correction; epsilon 1e-8)."""
+    if not groups:
+        return
     everything = np.concatenate([t.stamps['advantage'] for group in groups for t in group])
     deviation = np.sqrt(everything.var(ddof=min(1, len(everything) - 1)) + 1e-8)
     for trajectory in (t for group in groups for t in group):

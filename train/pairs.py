@@ -89,10 +89,10 @@ class RecordStream:
                 [_stamped(s, 'reference_logprob', x) for s, x in zip(unit, known[key], strict=True)]
                 for key, unit in zip(named, units, strict=True)
             ]
-            if self._needs_baseline:
-                batch['baseline'] = self._mismatched(units, variables)
-                metrics['preference/baseline'] = float(batch['baseline'])
         pack(units, batch)
+        if self._reference is not None and self._needs_baseline:
+            batch['baseline'] = self._mismatched(units, variables)
+            metrics['preference/baseline'] = float(batch['baseline'])
         return batch, {'step': step + 1, 'taken': dict(self._taken), 'metrics': metrics}
 
     def restore(self, state: State) -> None:
