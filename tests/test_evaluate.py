@@ -1,6 +1,7 @@
 """Held-out measurements against direct computations."""
 
 import itertools
+import json
 import lzma
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from small import model_config, one_device
 from text import small_tokenizer
 
+from data.chat import render_chat
 from data.errors import InputError
 from data.tasks import get_task
 from model.transformer import Model
@@ -157,6 +159,36 @@ def test_answers_in_the_chat_format(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     spec = {'type': 'stopped', 'source': {'type': 'jsonl', 'path': str(tmp_path / 'chats.jsonl')}}
     result = evaluate(None, {}, tokenizer, spec)  # type: ignore[arg-type]
     assert result['value'] == np.mean([good for _, good in kinds]) and result['items'] == 4
+
+
+@pytest.mark.parametrize('value_head', [False, True])
+def test_pairs_put_in_order(value_head: bool, tmp_path: Path) -> None:
+    """By the value at the stop token where the model has that head, else by the mean log-probability of the answer."""
+    made = Model(model_config(num_hidden_layers=1, initializer_range=0.3, value_head=value_head))
+    variables = made.init(0, one_device())
+    if value_head:
+        head = np.random.default_rng(0).normal(size=made.config.hidden_size)
+        variables['params']['value_head'] = jax.numpy.asarray(head, jax.numpy.float32)
+    records = [{'prompt': f'say {n}', 'chosen': f'{n} it is', 'rejected': f'no {n * n}'} for n in range(20)]
+    path = tmp_path / 'pairs.jsonl'
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    spec = {'type': 'pairs', 'source': {'type': 'jsonl', 'path': str(path)}, 'items': 20}
+    tokenizer = small_tokenizer()
+    result = evaluate(made, variables, tokenizer, spec)
+    answers = [
+        render_chat([{'role': 'user', 'content': r['prompt']}, {'role': 'assistant', 'content': r[side]}], tokenizer)
+        for r in records
+        for side in ('chosen', 'rejected')
+    ]
+    length = max(len(tokens) for tokens, _ in answers)
+    tokens, mask = (np.array([row + [0] * (length - len(row)) for row in rows]) for rows in zip(*answers, strict=True))
+    output = jax.jit(made.apply)(variables, tokens)
+    last = length - 1 - mask[:, ::-1].argmax(1)
+    by_value = np.asarray(output.value)[range(len(last)), last] if value_head else None
+    scores = (np.asarray(output.logprob) * mask).sum(1) / mask.sum(1) if by_value is None else by_value
+    right = (scores[0::2] > scores[1::2]).astype(float).tolist()
+    assert 0 < np.mean(right) < 1
+    assert result['value'] == pytest.approx(np.mean(right)) and result['details']['scores'] == right
 
 
 def test_a_task_is_measured_on_its_heldout_split(model: Any) -> None:

@@ -22,7 +22,7 @@ from data.tasks import get_task, sandbox
 from data.tasks.sandbox import grade, run, wire
 
 NOBODY = 65534
-DATA = Path(os.environ.get('TORSO_DATA', '')) / 'code'  # with the published sets
+DATA = Path(os.environ.get('TORSO_RECORDS', '')) / 'code'  # with the published sets
 BATTERY = Path(hostile.__file__)
 
 
@@ -409,7 +409,7 @@ def test_records_are_split_and_checked(tmp_path):
 def test_references_of_published_sets_pass(form, file, count):
     """All of them; one of MBPP (123) takes ten seconds."""
     if not (DATA / file).exists():
-        pytest.skip(f'no {DATA / file}; the environment variable TORSO_DATA names the folder above')
+        pytest.skip(f'no {DATA / file}; the environment variable TORSO_RECORDS names the folder above')
     task = get_task('code_records', 'heldout', path=str(DATA / file), form=form, whole=True, timeout=120.0)
     prompts = [task.prompt(i) for i in range(count)]
     stub = {'humaneval': lambda p: '    return None', 'mbpp': lambda p: f'def {p.info["names"][0]}(*a): return None'}

@@ -19,6 +19,7 @@ import numpy as np
 from data.chat import render_chat
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
+from data.preferences import pair_segments
 from data.sources import open_source
 from data.tasks import Prompt, Task, get_task, task_names
 from data.tokenizer import Tokenizer
@@ -28,11 +29,13 @@ from train.checkpoint import load
 from train.command import command
 from train.episodes import chat_prompt
 from train.host import fetch, prepare
-from train.sampler import row_keys, sample_tokens
+from train.sampler import prompt_width, row_keys, sample_tokens
+from train.scoring import Scorer
 from train.statistics import interval, pass_at_k
 
 Result = dict[str, Any]
 
+ROWS_OF_PAIRS = 8  # answers of pairs that a device reads at a time
 DRAWS = 16  # of problems for each item wanted, before a task is said to have no more
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -47,6 +50,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     # Bits per byte of whole documents, every token predicted from at least length / 2 tokens where there are as many.
     'text': {'source': {}, 'length': 256, 'documents': 0},
+    # Share of pairs whose better answer a model puts first: by its value head, or else by log-probability a token.
+    'pairs': {'source': {}, 'items': 256},
     # Share of answers to chat questions that the stop token ended.
     'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
 }
@@ -63,7 +68,9 @@ def evaluate(
         InputError: see `checked`.
     """
     spec = checked(evaluation)
-    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped}[spec['type']]
+    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped, 'pairs': _evaluate_pairs}[
+        spec['type']
+    ]
     return run(model, variables, tokenizer, spec, seed)
 
 
@@ -239,6 +246,40 @@ def _evaluate_stopped(
             {'prompt': item['messages'][0]['content'], 'completion': answer.text}
             for item, (answer,) in zip(items[:3], answers, strict=False)
         ],
+    }
+
+
+def _evaluate_pairs(
+    model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
+) -> Result:
+    source = open_source(spec['source'])
+    records = [source[i] for i in np.linspace(0, len(source) - 1, min(spec['items'], len(source))).astype(int)]
+    segments = [segment for record in records for segment in pair_segments(record, tokenizer)]
+    rows = ROWS_OF_PAIRS * batch_ways()
+    shape = {
+        'batch_size': rows,
+        'microbatches': 1,
+        'sequence_length': prompt_width(max(len(s.tokens) for s in segments)),
+    }
+    name = 'value' if model.config.value_head else 'logprob'
+    said = [x[name] for x in Scorer(model, tokenizer.pad_id, shape)(variables, segments, (name,))]
+    if model.config.value_head:
+        scores = np.array([x[np.flatnonzero(s.loss_weight)[-1]] for s, x in zip(segments, said, strict=True)])
+    else:
+        scores = np.array(
+            [(x * s.loss_weight).sum() / s.loss_weight.sum() for s, x in zip(segments, said, strict=True)]
+        )
+    better = np.sign(scores[0::2] - scores[1::2]) / 2 + 0.5
+    low, high = interval(better)
+    return {
+        'metric': 'pairs put in order',
+        'value': float(better.mean()),
+        'low': low,
+        'high': high,
+        'items': len(records),
+        'unit': 'share',
+        'direction': 'higher',
+        'details': {'by': name, 'scores': better.tolist()},
     }
 
 

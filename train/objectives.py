@@ -2,7 +2,7 @@
 
 A loss is the sum over terms of coefficient * sum / denominator. Denominators are taken over the global batch before any
 forward pass, so that the result does not depend on packing, on accumulation or on the number of devices. Metrics are
-(sum, count) pairs for the same reason.
+(sum, count) pairs for the same reason, or the largest of something that is not negative.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.heads import Output, same_segment
 
 Batch = Mapping[str, jax.Array]
 Terms = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Metrics = dict[str, tuple[jax.Array, jax.Array] | jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,10 +133,11 @@ def policy_gradient(c: Mapping[str, Any]) -> Objective:
             surrogate *= jnp.where((correction <= cap) & (correction >= 1 / cap), correction, 0.0)
         sums = {'policy': -jnp.sum(surrogate * weight)}
         apart = jnp.abs(stop_gradient(output.logprob) - batch['behavior_logprob']) * sampled
-        metrics = {
+        metrics: Metrics = {
             'entropy': (jnp.sum(output.entropy * sampled), count),
             'clipped_share': (jnp.sum(outside * sampled), count),
             'sampler_difference': (jnp.sum(apart), count),
+            'sampler_difference_max': jnp.max(apart),
         }
         if 'kl' in coefficients:
             gap = jnp.where(weight > 0, batch['reference_logprob'] - output.logprob, 0.0)

@@ -179,7 +179,7 @@ def preference(config: Mapping[str, Any]) -> Objective:
             'chosen_logprob': pairs.chosen,
             'rejected_logprob': pairs.rejected,
         }
-        metrics = {f'preference/{name}': (jnp.sum(x * pairs.weight), count) for name, x in shown.items()}
+        metrics: Metrics = {f'preference/{name}': (jnp.sum(x * pairs.weight), count) for name, x in shown.items()}
         return sums, metrics
 
     return Objective(denominators, terms, coefficients)
@@ -205,7 +205,7 @@ def kahneman_tversky(config: Mapping[str, Any]) -> Objective:
         reward, sign = per_segment(ratio, batch['segments']), label(batch)
         weight = jnp.where(sign > 0, weights[1], weights[0]) * jnp.abs(sign)
         loss = weight * (1 - jax.nn.sigmoid(sign * beta * (reward - batch['baseline'])))
-        metrics = {
+        metrics: Metrics = {
             f'preference/{name}': (jnp.sum(reward * here), jnp.sum(here).astype(jnp.float32))
             for name, here in (('desirable_log_ratio', sign > 0), ('undesirable_log_ratio', sign < 0))
         }
@@ -242,7 +242,7 @@ def bradley_terry(config: Mapping[str, Any]) -> Objective:
         loss = soft_cross_entropy(chosen - rejected - margin, target)
         sums = {'preference': jnp.sum(loss * weight), 'center': jnp.sum(jnp.square(chosen + rejected) * weight)}
         shown = {'accuracy': (chosen > rejected).astype(jnp.float32), 'margin': chosen - rejected}
-        metrics = {f'reward/{name}': (jnp.sum(x * weight), weight.sum()) for name, x in shown.items()}
+        metrics: Metrics = {f'reward/{name}': (jnp.sum(x * weight), weight.sum()) for name, x in shown.items()}
         return {name: sums[name] for name in coefficients}, metrics
 
     return Objective(denominators, terms, coefficients)

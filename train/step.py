@@ -157,7 +157,9 @@ def make_step(
         value = total_loss(objective, terms, below)
         real = jnp.sum(batch['segments'] > 0).astype(jnp.float32)
         experts = {name: output.statistics[name] for name in ('load', 'entropy') if name in output.statistics}
-        return value, {'metrics': metrics, 'experts': experts, 'tokens': real, 'loss': value}
+        largest = {name: x for name, x in metrics.items() if not isinstance(x, tuple)}
+        means = {name: x for name, x in metrics.items() if name not in largest}
+        return value, {'metrics': means, 'largest': largest, 'experts': experts, 'tokens': real, 'loss': value}
 
     def step(state: State, batch: Batch, rate: jax.Array | float = 1.0) -> tuple[State, dict[str, jax.Array]]:
         below = objective.denominators(batch)
@@ -175,7 +177,12 @@ def make_step(
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
 
             def accumulate(sums: Any, part: Batch) -> tuple[Any, None]:
-                add = lambda part: jax.tree.map(jnp.add, sums, one(part))  # noqa: E731
+                def add(part: Batch) -> Any:
+                    new = one(part)
+                    gradients, aux = jax.tree.map(jnp.add, sums, new)
+                    largest = jax.tree.map(jnp.maximum, sums[1]['largest'], new[1]['largest'])
+                    return gradients, {**aux, 'largest': largest}
+
                 return lax.cond((part['segments'] > 0).any(), add, lambda _: sums, part), None
 
             total, _ = lax.scan(accumulate, zero, split)
@@ -184,7 +191,7 @@ def make_step(
         updates, optimizer_state = optimizer.update(gradients, state['optimizer'], mine)
         updates = jax.tree.map(lambda x: x * rate, updates)
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
-        metrics |= {'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
+        metrics |= {**aux['largest'], 'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
         metrics['tokens'] = jnp.sum(batch['segments'] > 0)
         balance = state['balance']
         if aux['experts']:
