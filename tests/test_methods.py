@@ -31,8 +31,8 @@ RECORDS: dict[str, dict[str, Any]] = {
     'simpo': {},
     'orpo': {},
     'kto': {'models': {'reference': 'sft'}},
-    'reward': {},
-    'process_reward': {},
+    'reward_model': {},
+    'process_reward_model': {},
 }
 SAMPLED: dict[str, dict[str, Any]] = {
     'grpo': {'models': {'reference': 'sft'}, 'loss': {'kl_coefficient': 0.1}, 'replay_experts': True},
@@ -57,7 +57,7 @@ def with_methods(folder: Path, names: tuple[str, ...], prefix: str = 'a') -> Con
     for kind in names:
         common: dict[str, Any] = {'parent': 'sft', 'steps': 4, 'save_every': 2, 'sequence_length': 64, 'keep': 4}
         if kind in RECORDS:
-            source = {'kto': 'judged', 'process_reward': 'steps'}.get(kind, 'pairs')
+            source = {'kto': 'judged', 'process_reward_model': 'steps'}.get(kind, 'pairs')
             own = {'batch_size': 8, 'records': 6, 'mixture': ((0.0, {source: 1.0}),), **RECORDS[kind]}
         elif kind == 'distill':
             mixture = ((0.0, {'arithmetic_chat': 1.0}),)

@@ -304,13 +304,13 @@ KINDS: dict[str, Kind] = {
         lambda context: _records(context, 'judged', reference=True),
         extra=lambda c: _arrays(c, 'target', 'reference_logprob') | _scalars('baseline'),
     ),
-    'reward': Kind(
+    'reward_model': Kind(
         {**_RECORDS, 'model': _VALUE, 'loss': {'center': 0.01}},
         lambda c: bradley_terry(c['loss']),
         lambda context: _records(context, 'pair', reference=False),
         extra=lambda c: _arrays(c, 'target', 'margin'),
     ),
-    'process_reward': Kind(
+    'process_reward_model': Kind(
         {**_RECORDS, 'model': _VALUE},
         lambda c: process_reward(c['loss']),
         lambda context: _records(context, 'steps', reference=False),
