@@ -32,6 +32,8 @@ OPTIONS = [
     ('needle', {'pairs': 6, 'questions': 3}),
     ('code', {}),
     ('code', {'level': (3, 4), 'examples': 3}),
+    ('calculator', {}),
+    ('sudoku_moves', {}),
     ('proof', {}),
     ('proof', {'steps': 1, 'distractors': 0}),
     ('proof', {'steps': 8, 'distractors': 3}),
@@ -79,7 +81,7 @@ def test_reference_passes_and_stubs_fail(name, options):
 
 @EVERY
 def test_splits_never_overlap(name, options):
-    slow = name == 'sudoku' or options.get('operations') == 20 or options.get('steps') == 8
+    slow = name.startswith('sudoku') or options.get('operations') == 20 or options.get('steps') == 8
     count = 40 if slow else 200 if name == 'code' else 1200
     keys = {
         split: {get_task(name, split, **options).prompt(i).key for i in range(count)} for split in ('train', 'heldout')
@@ -112,7 +114,7 @@ def test_prompts_are_the_same_in_every_process():
     code = (
         'import hashlib, sys\nfrom data.tasks import get_task\n'
         "text = ''.join(repr(get_task(n, s).prompt(i))"
-        " for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle', 'code', 'proof')"
+        " for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle', 'code', 'proof', 'calculator', 'sudoku_moves')"
         " for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
         'print(hashlib.sha256(text.encode()).hexdigest())'
     )
