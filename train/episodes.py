@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,10 @@ from data.errors import InputError
 from data.tasks import Environment, Prompt, Task, Turn, Verdict
 from data.tokenizer import Tokenizer
 from train.sampler import Completion
+
+JUDGES = 4  # answers judged at a time
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
 # Prompts [n] and keys [n, samples] -> completions [n][samples].
 Sample = Callable[[list[list[int]], jax.Array], list[list[Completion]]]
@@ -62,8 +67,14 @@ def play(
         for i, (completion,) in zip(going, said, strict=False):
             games[i].hear(completion)
         turn += 1
-    samples = keys.shape[1]
-    return [[game.episode() for game in games[i : i + samples]] for i in range(0, len(games), samples)]
+    episodes, samples = in_threads(_Game.episode, games), keys.shape[1]
+    return [episodes[i : i + samples] for i in range(0, len(games), samples)]
+
+
+def in_threads(judge: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """The judge's results in order, several at a time: one that runs a program mostly waits for it."""
+    with ThreadPoolExecutor(JUDGES) as pool:
+        return list(pool.map(judge, items))
 
 
 class _Game:

@@ -27,9 +27,9 @@ from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.checkpoint import load
 from train.command import command
-from train.episodes import chat_prompt
+from train.episodes import in_threads, play
 from train.host import fetch, prepare
-from train.sampler import prompt_width, row_keys, sample_tokens
+from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 from train.scoring import Scorer
 from train.statistics import interval, pass_at_k
 
@@ -117,33 +117,29 @@ def _problems(task: Task, count: int) -> list[Prompt]:
 def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
     task = _heldout(spec)
     prompts = _problems(task, spec['items'])
-    if spec['format'] == 'chat':
-        tokens = [chat_prompt(prompt, tokenizer) for prompt in prompts]
-    else:
-        tokens = [[tokenizer.begin_id, *tokenizer.encode(prompt.text + '\n')] for prompt in prompts]
     n = spec['samples']
-    answers = sample_tokens(
-        model,
-        variables,
-        tokenizer,
-        tokens,
-        samples=n,
-        temperature=spec['temperature'],
-        max_tokens=spec['max_tokens'],
-        keys=row_keys(seed, range(len(prompts)), n),
-    )
-    scores = np.array(
-        [
-            [task.verify(prompt, answer.text).score if answer.stopped else 0.0 for answer in group]
-            for prompt, group in zip(prompts, answers, strict=True)
-        ]
-    )
+
+    def sample(tokens: list[list[int]], keys: jax.Array) -> list[list[Completion]]:
+        settings = {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']}
+        return sample_tokens(model, variables, tokenizer, tokens, samples=keys.shape[1], keys=keys, **settings)
+
+    keys = row_keys(seed, range(len(prompts)), n)
+    answers: list[list[Any]]
+    if spec['format'] == 'chat':
+        answers = play([task] * len(prompts), prompts, tokenizer, sample, keys)
+        verdicts = [answer.verdict for group in answers for answer in group]
+    else:
+        answers = sample([[tokenizer.begin_id, *tokenizer.encode(prompt.text + '\n')] for prompt in prompts], keys)
+        said = [(prompt, answer.text) for prompt, group in zip(prompts, answers, strict=True) for answer in group]
+        verdicts = in_threads(lambda x: task.verify(*x), said)
+    stopped = np.array([[answer.stopped for answer in group] for group in answers])
+    scores = np.array([verdict.score for verdict in verdicts]).reshape(len(prompts), n) * stopped
     mean = scores.mean(1)
     low, high = interval(mean)
     right = (scores >= 1.0).sum(1)
     details: dict[str, Any] = {f'pass@{k}': float(pass_at_k(n, right, k).mean()) for k in (1, 4, 16) if 1 < n >= k}
-    details['stopped'] = float(np.mean([answer.stopped for group in answers for answer in group]))
-    details['answer_tokens'] = float(np.mean([len(answer.tokens) for group in answers for answer in group]))
+    details['stopped'] = float(stopped.mean())
+    details['answer_tokens'] = float(np.mean([len(answer.logprobs) for group in answers for answer in group]))
     details['scores'] = [round(float(x), 4) for x in mean]
     sampling = f'temperature {spec["temperature"]:g}, {n} samples' if spec['temperature'] else 'greedy'
     return {
@@ -156,8 +152,8 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
         'direction': 'higher',
         'details': details,
         'samples': [
-            {'prompt': prompt.text, 'completion': group[0].text, 'score': float(scores[i, 0])}
-            for i, (prompt, group) in enumerate(zip(prompts[:3], answers, strict=False))
+            {'prompt': prompt.text, 'completion': answers[i][0].text, 'score': float(scores[i, 0])}
+            for i, prompt in enumerate(prompts[:3])
         ],
     }
 
