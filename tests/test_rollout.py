@@ -25,6 +25,7 @@ from train.rewards import Answer, format_reward, random_reward, verifier_reward
 from train.rollout import RolloutStream
 from train.sampler import row_keys, sample_tokens
 from train.scoring import Other
+from train.signs import repetition
 from train.stages import stage_defaults
 from train.step import initial_state, make_step
 
@@ -75,7 +76,8 @@ def stream(task: Any = None, **changes: Any) -> RolloutStream:
     others = changes.pop('others', {})
     stamps = changes.pop('stamps', ())
     tasks = changes.pop('tasks', [task or Scored()])
-    return RolloutStream(model()[0], tokenizer(), tasks, {**settings, **changes}, 11, others, stamps)
+    strict = changes.pop('strict', ())
+    return RolloutStream(model()[0], tokenizer(), tasks, {**settings, **changes}, 11, others, stamps, strict)
 
 
 @functools.cache
@@ -175,6 +177,26 @@ def test_groups_of_equal_reward_are_counted_and_have_no_gradient() -> None:
     starts = [x for x in starts if len(x)]
     assert 0 < len(starts) <= SAMPLES and all(prompt in x for x in starts)
     assert (mixed['segments'] > 0).sum() > (arrays['segments'] > 0).sum()
+
+
+def test_a_reward_that_can_be_gamed_raises_an_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+    """Coins are thrown for answers of which a verifier finds none right; with the verifier as reward all is quiet."""
+    gamed = stream(Scored(hopeless=PROMPTS), reward='random')
+    _, state = gamed.next(0, model()[1])
+    said = state['metrics']
+    assert said['reward/verified'] == 0 and said['reward/gap'] == said['reward/mean'] > 0.25 and said['alarms'] >= 1
+    assert 'alarm: reward/gap is' in capsys.readouterr().out
+    _, state = stream(alarms={'reward/gap': 0.25}).next(0, model()[1])
+    assert state['metrics']['reward/gap'] == 0 and state['metrics']['alarms'] == 0
+    strict = stream(strict=[Scored(hopeless=PROMPTS)], alarms={'reward/gap': 0.05})
+    _, state = strict.next(0, model()[1])
+    assert state['metrics']['reward/gap'] == state['metrics']['reward/mean'] > 0.05
+    assert state['metrics']['alarms'] == 1 and 'alarm' in capsys.readouterr().out
+
+
+def test_repeated_ngrams_are_counted() -> None:
+    assert repetition([1, 2, 3]) == 0 and repetition(list(range(20))) == 0
+    assert repetition([1, 2, 3, 4] * 5) == 1 - 4 / 17
 
 
 def test_a_batch_of_nothing_but_equal_rewards_changes_nothing() -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from data.errors import InputError, did_you_mean
+from data.mixture import as_dict
 from data.packing import Batch, Segment, empty_batch, pack
 from data.stream import State
 from data.tasks import Task
@@ -19,9 +20,11 @@ from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
 from train.curriculum import Levels
 from train.episodes import Episode, play
+from train.host import say
 from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
 from train.scoring import Other, Scorer
+from train.signs import alarms, signs
 
 STAMPS = ('old_logprob', 'reference_logprob', 'old_value', 'value_target')  # beyond advantage and behavior_logprob
 WEIGHTS = ('token', 'answer', 'constant')
@@ -41,6 +44,7 @@ class RolloutStream:
         seed: int,
         others: Mapping[str, Other] | None = None,
         stamps: Sequence[str] = (),
+        strict: Sequence[Task] = (),
     ):
         """
         Args:
@@ -49,6 +53,7 @@ class RolloutStream:
             seed: folded into every random choice, with the number of the problem and of the sample.
             others: reference, reward model and teachers, by role ('reference', 'reward', 'teacher...').
             stamps: names of STAMPS that batches hold.
+            strict: for each level a stricter task, whose verifier is asked as well, for the gap to the reward.
 
         Raises:
             InputError: an unknown reward, algorithm or weighting; fewer rows than trajectories of a batch.
@@ -65,6 +70,7 @@ class RolloutStream:
             )
         self._model, self._tokenizer, self._config, self._seed = model, tokenizer, config, seed
         self._others, self._stamps = dict(others or {}), tuple(stamps)
+        self._strict: Sequence[Task | None] = strict or [None] * len(tasks)
         self._levels = Levels(tasks, seed, c['curriculum'])
         self._updates = c['epochs'] * c['minibatches']
         self._scorers = {
@@ -73,6 +79,7 @@ class RolloutStream:
         }
         self.rows = range(c['batch_size'])  # every process has all of them: they come from one sampler
         self._position = 0  # problems posed so far
+        self._raised = 0  # alarms of the last rollout
         self._kl_coefficient = float(c['kl_reward'])
         self._waiting: list[list[Trajectory]] = []  # minibatches of the last rollout that are still to come
 
@@ -107,9 +114,11 @@ class RolloutStream:
         kept: list[list[Trajectory]] = []
         seen: list[list[Trajectory]] = []
         sampled: list[Episode] = []
+        observed: list[dict[str, float]] = []
         for _ in range(1 + c['refills']):
-            groups, episodes, example = self._draw(variables)
+            groups, episodes, example, metrics = self._draw(variables)
             sampled += episodes
+            observed.append(metrics)
             seen += groups
             earned = returns(groups)
             uneven = earned.max(1) > earned.min(1)
@@ -118,8 +127,9 @@ class RolloutStream:
                 break
         kept = kept[: c['prompts']]
         passes = self._score(kept, variables)
-        metrics = self._with_kl(kept)
         earned = returns(seen)
+        metrics = {name: float(np.mean([some[name] for some in observed])) for name in observed[0]}
+        metrics |= self._with_kl(kept)
         ALGORITHMS[c['algorithm']](kept, c)
         tokens = sum(sum(e.learnt) for e in sampled)
         read = sum(len(group[0].prompt) for group in seen) + sum(len(e.tokens) for e in sampled)
@@ -130,13 +140,18 @@ class RolloutStream:
             'rollout/stopped': float(np.mean([e.stopped for e in sampled])),
             **self._levels.metrics(),
         }
+        raised = alarms(metrics, as_dict(c['alarms']))
+        metrics['alarms'] = float(len(raised))
+        for line in raised if metrics['alarms'] > self._raised else ():
+            say(f'alarm: {line}')
+        self._raised = len(raised)
         if c['refills']:
             metrics['rollout/problems'] = float(len(seen))
         flops = (read + passes) * self._model.flops_per_token(c['sequence_length'], backward=False)
         return kept, {'flops': flops, 'metrics': metrics, 'sampled': tokens, 'sample': example}
 
-    def _draw(self, variables: Any) -> tuple[list[list[Trajectory]], list[Episode], dict[str, Any]]:
-        """Answers to the next `prompts` problems, rewarded; and the first of them, to be looked at."""
+    def _draw(self, variables: Any) -> tuple[list[list[Trajectory]], list[Episode], dict[str, Any], dict[str, float]]:
+        """Answers to the next `prompts` problems, rewarded; the first of them, to be looked at; and what they show."""
         c = self._config
         numbers = range(self._position, self._position + c['prompts'])
         self._position = numbers.stop
@@ -160,14 +175,21 @@ class RolloutStream:
         keys = row_keys(self._seed, numbers, c['samples'])
         episodes = play(tasks, prompts, self._tokenizer, sample, keys)
         groups = []
+        everything: list[Answer] = []
+        earned: list[float] = []
         for number, level, task, prompt, group in zip(numbers, levels, tasks, prompts, episodes, strict=True):
             answers = [Answer(task, prompt, e.verdict, e.text, s, e.stopped) for s, e in enumerate(group)]
             rewards = [REWARDS[c['reward']](answer) for answer in answers]
             self._levels.record(level, rewards)
+            everything += answers
+            earned += rewards
             groups.append([self._rewarded(e, number, s, rewards[s]) for s, e in enumerate(group)])
         first = episodes[0][0]
         example = {'prompt': prompts[0].text, 'completion': first.text, 'score': float(groups[0][0].rewards.sum())}
-        return groups, [e for group in episodes for e in group], example
+        flat = [e for group in episodes for e in group]
+        own = [[t for t, mine in zip(e.tokens, e.learnt, strict=True) if mine] for e in flat]
+        strict = [self._strict[level] for level in levels for _ in range(c['samples'])]
+        return groups, flat, example, signs(everything, earned, own, strict)
 
     def _rewarded(self, e: Episode, group: int, sample: int, reward: float) -> Trajectory:
         """An answer with its rewards: what it earned on its last token, and before that the scores of its steps."""

@@ -29,6 +29,7 @@ from train.policy import distillation, policy_gradient
 from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
 from train.rollout import RolloutStream
 from train.scoring import Other, TeacherStream
+from train.signs import LIMITS
 from train.step import Layout
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -175,8 +176,10 @@ def _rollouts(context: Context) -> Stream:
     name = options.pop('name')
     levels: Sequence[Mapping[str, Any]] = c['levels'] or ({},)
     tasks = [get_task(name, split='train', **{**options, **as_dict(level)}) for level in levels]
+    harder = as_dict(c['strict'])
+    strict = [get_task(name, split='train', **{**options, **as_dict(x), **harder}) for x in levels] if harder else []
     return RolloutStream(
-        context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c)
+        context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c), strict
     )
 
 
@@ -242,6 +245,8 @@ def _reinforcement(loss: Mapping[str, Any] | None = None, **fields: Any) -> Kind
         'levels': (),  # options of the task, one mapping a level of difficulty, which `curriculum` chooses from
         'curriculum': 'uniform',  # or 'solve_rate'
         'reward': 'verifier',  # or 'format', 'random': control arms; 'none'. A reward model adds its own
+        'strict': {},  # options of a stricter verifier, asked for the gap to the reward alone
+        'alarms': LIMITS,  # of metrics, above which a line is printed
         'process_coefficient': 0.0,  # times the score of each judged step, where it ends
         'algorithm': 'grpo',  # see `train.algorithms`
         'weighting': 'token',  # tokens count alike in the batch; or 'answer': answers do; or 'constant': 1 / max_tokens
