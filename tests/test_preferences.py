@@ -14,6 +14,8 @@ from text import small_tokenizer
 
 from data.errors import InputError
 from data.preferences import as_judged, as_pair, as_steps, judged_segments, pair_segments, step_segments
+from train.pairs import RecordStream
+from train.scoring import Other
 
 ASKED = [{'role': 'user', 'content': 'say 1'}]
 SYSTEM = {'role': 'system', 'content': 'be brief'}
@@ -98,6 +100,51 @@ def test_each_step_is_judged_on_its_last_token() -> None:
 def test_what_is_no_preference_is_named(read: Any, record: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read(record)
+
+
+class Listed:
+    """Records in memory."""
+
+    def __init__(self, name: str, count: int, words: int = 1):
+        answers = {'chosen': 'y' * words, 'rejected': 'n'}
+        self.records = [{'prompt': f'{name} {i}', **answers, 'probability': (i + 1) / 64} for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.records[index]
+
+
+def record_stream(sources: dict[str, Any], mixture: Any, length: int = 64) -> RecordStream:
+    settings = {'records': 8, 'batch_size': 16, 'sequence_length': length, 'microbatches': 1, 'steps': 8}
+    return RecordStream('pair', sources, mixture, small_tokenizer(), settings, 5, Other(None, {}))  # type: ignore[arg-type]
+
+
+def test_steps_have_whole_pairs_in_the_proportions_asked_for_and_go_on_from_a_state() -> None:
+    sources = {'a': Listed('a', 40), 'b': Listed('b', 7), 'long': Listed('long', 4, words=200)}
+    mixture = ((0.0, {'a': 0.75, 'b': 0.25}), (0.5, {'a': 0.5, 'long': 0.5}))
+    whole = record_stream(sources, mixture)
+    batches, states = zip(*(whole.next(step) for step in range(5)), strict=True)
+    assert [state['taken'] for state in states[:4]] == [{'a': 6 * n, 'b': 2 * n, 'long': 0} for n in (1, 2, 3, 4)]
+    for batch in batches:
+        assert (batch['target'] > 0).sum() == 8  # a label a pair
+        for segments, weight in zip(batch['segments'], batch['loss_weight'], strict=True):
+            assert segments.max() % 2 == 0
+            assert all(weight[segments == s].any() for s in range(1, segments.max() + 1))
+    assert states[4]['skipped'] > 0 and states[4]['metrics']['records/skipped'] == states[4]['skipped']
+    resumed = record_stream(sources, mixture)
+    resumed.restore(json.loads(json.dumps(states[2])))
+    for step in (3, 4):
+        again, state = resumed.next(step)
+        assert state == states[step]
+        for name, array in batches[step].items():
+            np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_records_that_fit_nowhere_are_named() -> None:
+    with pytest.raises(InputError, match='1000 records on end are longer than sequence_length=64'):
+        record_stream({'long': Listed('long', 4, words=200)}, ((0.0, {'long': 1.0}),)).next(0)
 
 
 REAL = {

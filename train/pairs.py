@@ -21,6 +21,7 @@ from data.tokenizer import Tokenizer
 from train.host import is_primary
 from train.scoring import Other, Scorer
 
+MOST_SKIPPED = 1000  # records on end, before sources are said to fit nowhere
 Segments = Callable[[Mapping[str, Any], Tokenizer], list[Segment]]
 FORMS: dict[str, tuple[Segments, tuple[str, ...]]] = {  # of records: how they are cut, and what their batches hold
     'pair': (pair_segments, ('target', 'margin')),
@@ -64,6 +65,7 @@ class RecordStream:
         self._mixture, self._tokenizer, self._config = mixture, tokenizer, config
         self._orders = {name: Order(name, source, seed) for name, source in sources.items()}
         self._taken = dict.fromkeys(sources, 0)
+        self._skipped = 0  # records too long for a row
         self._reference, self._scorer = reference, None
         self._needs_baseline = form == 'judged'
         if reference is not None:
@@ -77,12 +79,12 @@ class RecordStream:
         """The batch of `step`, and the state after it."""
         c = self._config
         weights = weights_at(self._mixture, step / c['steps'])
-        named = [self._take(weights) for _ in range(c['records'])]
-        units = [self._cut(name, index) for name, index in named]
+        taken = [self._fitting(weights) for _ in range(c['records'])]
+        named, units = [key for key, _ in taken], [unit for _, unit in taken]
         batch = empty_batch(c['batch_size'], c['sequence_length'], self._tokenizer.pad_id)
         extra = (*self._arrays, *(('reference_logprob',) if self._reference else ()))
         batch |= {name: np.zeros_like(batch['loss_weight']) for name in extra}
-        metrics = {}
+        metrics = {'records/skipped': float(self._skipped)} if self._skipped else {}
         if self._reference is not None:
             known = self._reference_of(named, units)
             units = [
@@ -93,14 +95,25 @@ class RecordStream:
         if self._reference is not None and self._needs_baseline:
             batch['baseline'] = self._mismatched(units, variables)
             metrics['preference/baseline'] = float(batch['baseline'])
-        return batch, {'step': step + 1, 'taken': dict(self._taken), 'metrics': metrics}
+        return batch, {'step': step + 1, 'taken': dict(self._taken), 'skipped': self._skipped, 'metrics': metrics}
 
     def restore(self, state: State) -> None:
         """Goes on after the batch that `state` came with."""
-        self._taken = dict(state['taken'])
+        self._taken, self._skipped = dict(state['taken']), state['skipped']
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _fitting(self, weights: Mapping[str, float]) -> tuple[tuple[str, int], list[Segment]]:
+        """The next record that fits into a row, as source and number, and its segments; others are passed over."""
+        length = self._config['sequence_length']
+        for _ in range(MOST_SKIPPED):
+            key = self._take(weights)
+            unit = self._cut(*key)
+            if sum(len(segment.tokens) for segment in unit) <= length:
+                return key, unit
+            self._skipped += 1
+        raise InputError(f'{MOST_SKIPPED} records on end are longer than sequence_length={length}')
 
     def _take(self, weights: Mapping[str, float]) -> tuple[str, int]:
         """The next record, as source and number: of the source that is furthest behind its share."""
