@@ -91,6 +91,17 @@ class Segment:
     loss_weight: np.ndarray
     stamps: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    @property
+    def last(self) -> int:
+        """The place of the last learnt token."""
+        return int(np.flatnonzero(self.loss_weight)[-1])
+
+    def stamped(self, **values: float) -> 'Segment':
+        """The segment with further numbers, each on the last learnt token and 0 elsewhere."""
+        place = np.arange(len(self.tokens)) == self.last
+        stamps = {name: np.where(place, value, 0).astype(np.float32) for name, value in values.items()}
+        return dataclasses.replace(self, stamps={**self.stamps, **stamps})
+
 
 def pack(units: Sequence[Sequence[Segment]], batch: Batch) -> None:
     """Writes units of segments, none of them torn apart, into the rows of an empty batch: longest first, each into the

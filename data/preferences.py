@@ -117,20 +117,14 @@ def as_steps(record: Mapping[str, Any]) -> Steps:
 def pair_segments(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[Segment]:
     """The better answer, then the other; `target` and `margin` stand on the first one's last token."""
     pair = as_pair(record)
-    chosen = _segment(pair.messages, pair.chosen, tokenizer)
-    last = np.flatnonzero(chosen.loss_weight)[-1]
-    stamps = {name: np.zeros(len(chosen.tokens), np.float32) for name in ('target', 'margin')}
-    stamps['target'][last], stamps['margin'][last] = pair.probability, pair.margin
-    return [Segment(chosen.tokens, chosen.loss_weight, stamps), _segment(pair.messages, pair.rejected, tokenizer)]
+    chosen, rejected = (_segment(pair.messages, answer, tokenizer) for answer in (pair.chosen, pair.rejected))
+    return [chosen.stamped(target=pair.probability, margin=pair.margin), rejected]
 
 
 def judged_segments(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[Segment]:
     """The answer, with `target` 1 (good) or -1 on its last token."""
     judged = as_judged(record)
-    segment = _segment(judged.messages, judged.answer, tokenizer)
-    target = np.zeros(len(segment.tokens), np.float32)
-    target[np.flatnonzero(segment.loss_weight)[-1]] = 1.0 if judged.good else -1.0
-    return [Segment(segment.tokens, segment.loss_weight, {'target': target})]
+    return [_segment(judged.messages, judged.answer, tokenizer).stamped(target=1.0 if judged.good else -1.0)]
 
 
 def step_segments(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[Segment]:

@@ -38,6 +38,11 @@ class Episode:
     turns: int
     expert_ids: np.ndarray | None
 
+    @property
+    def said(self) -> list[int]:
+        """The tokens that the model wrote."""
+        return [token for token, own in zip(self.tokens, self.learnt, strict=True) if own]
+
 
 def chat_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """A task's problem as the user's turn, with the assistant about to speak."""

@@ -260,7 +260,7 @@ def _evaluate_pairs(
     name = 'value' if model.config.value_head else 'logprob'
     said = [x[name] for x in Scorer(model, tokenizer.pad_id, shape)(variables, segments, (name,))]
     if model.config.value_head:
-        scores = np.array([x[np.flatnonzero(s.loss_weight)[-1]] for s, x in zip(segments, said, strict=True)])
+        scores = np.array([x[s.last] for s, x in zip(segments, said, strict=True)])
     else:
         scores = np.array(
             [(x * s.loss_weight).sum() / s.loss_weight.sum() for s, x in zip(segments, said, strict=True)]

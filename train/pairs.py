@@ -69,9 +69,9 @@ class RecordStream:
         self._reference, self._scorer = reference, None
         self._needs_baseline = form == 'judged'
         if reference is not None:
-            self._scorer = Scorer(reference.model, tokenizer.pad_id, {**config, 'temperature': 1.0})
+            self._scorer = Scorer(reference.model, tokenizer.pad_id, config)
             self.work = 'scoring'
-        self._policy_scorer = Scorer(policy.model, tokenizer.pad_id, {**config, 'temperature': 1.0})
+        self._policy_scorer = Scorer(policy.model, tokenizer.pad_id, config)
         self._cache = cache
         self.rows = range(config['batch_size'])
 
@@ -88,7 +88,7 @@ class RecordStream:
         if self._reference is not None:
             known = self._reference_of(named, units)
             units = [
-                [_stamped(s, 'reference_logprob', x) for s, x in zip(unit, known[key], strict=True)]
+                [s.stamped(reference_logprob=x) for s, x in zip(unit, known[key], strict=True)]
                 for key, unit in zip(named, units, strict=True)
             ]
         pack(units, batch)
@@ -175,10 +175,3 @@ class RecordStream:
 def _sums(segments: list[Segment], said: list[dict[str, np.ndarray]]) -> list[float]:
     """Of each segment the log-probability of what is learnt of it."""
     return [float((x['logprob'] * s.loss_weight).sum()) for s, x in zip(segments, said, strict=True)]
-
-
-def _stamped(segment: Segment, name: str, value: float) -> Segment:
-    """The segment with a number on its last learnt token."""
-    values = np.zeros(len(segment.tokens), np.float32)
-    values[np.flatnonzero(segment.loss_weight)[-1]] = value
-    return Segment(segment.tokens, segment.loss_weight, {**segment.stamps, name: values})

@@ -131,7 +131,7 @@ class RolloutStream:
         metrics = {name: float(np.mean([some[name] for some in observed])) for name in observed[0]}
         metrics |= self._with_kl(kept)
         ALGORITHMS[c['algorithm']](kept, c)
-        tokens = sum(sum(e.learnt) for e in sampled)
+        tokens = sum(len(e.logprobs) for e in sampled)
         read = sum(len(group[0].prompt) for group in seen) + sum(len(e.tokens) for e in sampled)
         metrics |= {
             'reward/mean': float(earned.mean()),
@@ -187,18 +187,15 @@ class RolloutStream:
         first = episodes[0][0]
         example = {'prompt': prompts[0].text, 'completion': first.text, 'score': float(groups[0][0].rewards.sum())}
         flat = [e for group in episodes for e in group]
-        own = [[t for t, mine in zip(e.tokens, e.learnt, strict=True) if mine] for e in flat]
         strict = [self._strict[level] for level in levels for _ in range(c['samples'])]
-        return groups, flat, example, signs(everything, earned, own, strict)
+        return groups, flat, example, signs(everything, earned, [e.said for e in flat], strict)
 
     def _rewarded(self, e: Episode, group: int, sample: int, reward: float) -> Trajectory:
         """An answer with its rewards: what it earned on its last token, and before that the scores of its steps."""
         c, count = self._config, len(e.logprobs)
         rewards, judged = np.zeros(count), np.zeros(count, bool)
         if c['process_coefficient']:
-            rewards, judged = step_rewards(
-                e.verdict.parts, [t for t, own in zip(e.tokens, e.learnt, strict=True) if own], self._tokenizer
-            )
+            rewards, judged = step_rewards(e.verdict.parts, e.said, self._tokenizer)
             rewards *= c['process_coefficient']
         rewards[-1] += reward + overlong_penalty(count, c['max_tokens'], c['overlong_buffer'])
         judged[-1] = True
@@ -210,7 +207,7 @@ class RolloutStream:
         """Stamps what passes of this model and of others say of the answers; gives how many tokens they read."""
         c, trajectories = self._config, [t for group in groups for t in group]
         wanted: dict[str, tuple[str, ...]] = {}  # of each model
-        if c['epochs'] * c['minibatches'] > 1 or self._kl_coefficient:
+        if 'old_logprob' in self._stamps or self._kl_coefficient:
             wanted[''] = ('logprob',)
         if c['algorithm'] == 'gae':
             wanted[''] = (*wanted.get('', ()), 'value')
@@ -220,10 +217,11 @@ class RolloutStream:
             wanted['reward'] = ('value',)
         teachers = [role for role in self._others if role.startswith('teacher')]
         wanted |= dict.fromkeys(teachers, ('logprob',))
+        segments = [_segment(t, {}) for t in trajectories] if wanted else []
         said: dict[str, list[dict[str, np.ndarray]]] = {}
         for role, names in wanted.items():
             weights = self._others[role].variables if role else variables
-            said[role] = self._scorers[role](weights, [_segment(t, {}) for t in trajectories], names)
+            said[role] = self._scorers[role](weights, segments, names)
         for i, t in enumerate(trajectories):
             own = np.asarray(t.learnt)
             start = len(t.prompt)
