@@ -20,7 +20,7 @@ from data.chat import render_chat
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.preferences import pair_segments
-from data.sources import open_source
+from data.sources import Source, open_source
 from data.tasks import Prompt, Task, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
@@ -114,6 +114,26 @@ def _problems(task: Task, count: int) -> list[Prompt]:
     return list(different.values())
 
 
+def _spread(source: Source, count: int) -> list[Any]:
+    """So many records, or all, from everywhere in a source: it may be sorted."""
+    return [source[i] for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)]
+
+
+def _share(metric: str, values: np.ndarray, details: dict[str, Any]) -> Result:
+    """The result of an evaluation that is a mean over items in [0, 1]."""
+    low, high = interval(values)
+    return {
+        'metric': metric,
+        'value': float(values.mean()),
+        'low': low,
+        'high': high,
+        'items': len(values),
+        'unit': 'share',
+        'direction': 'higher',
+        'details': details,
+    }
+
+
 def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
     task = _heldout(spec)
     prompts = _problems(task, spec['items'])
@@ -135,7 +155,6 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
     stopped = np.array([[answer.stopped for answer in group] for group in answers])
     scores = np.array([verdict.score for verdict in verdicts]).reshape(len(prompts), n) * stopped
     mean = scores.mean(1)
-    low, high = interval(mean)
     right = (scores >= 1.0).sum(1)
     details: dict[str, Any] = {f'pass@{k}': float(pass_at_k(n, right, k).mean()) for k in (1, 4, 16) if 1 < n >= k}
     details['stopped'] = float(stopped.mean())
@@ -143,14 +162,7 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
     details['scores'] = [round(float(x), 4) for x in mean]
     sampling = f'temperature {spec["temperature"]:g}, {n} samples' if spec['temperature'] else 'greedy'
     return {
-        'metric': f'accuracy ({sampling})',
-        'value': float(mean.mean()),
-        'low': low,
-        'high': high,
-        'items': len(prompts),
-        'unit': 'share',
-        'direction': 'higher',
-        'details': details,
+        **_share(f'accuracy ({sampling})', mean, details),
         'samples': [
             {'prompt': prompt.text, 'completion': answers[i][0].text, 'score': float(scores[i, 0])}
             for i, prompt in enumerate(prompts[:3])
@@ -211,8 +223,7 @@ def _evaluate_stopped(
     model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
 ) -> Result:
     source = open_source(spec['source'])
-    # Spread over the source, whose records may be sorted.
-    items = [source[i] for i in np.linspace(0, len(source) - 1, min(spec['items'], len(source))).astype(int)]
+    items = _spread(source, spec['items'])
     tokens = [render_chat(item['messages'][:1], tokenizer, add_generation_prompt=True)[0] for item in items]
     answers = sample_tokens(
         model,
@@ -228,16 +239,9 @@ def _evaluate_stopped(
         tokenizer.control(name) for name in ('<|begin|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>')
     }
     good = np.array([float(a.stopped and len(a.tokens) > 1 and not controls & set(a.tokens)) for (a,) in answers])
-    low, high = interval(good)
+    details = {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']}
     return {
-        'metric': 'answers in the chat format, ended by the stop token',
-        'value': float(good.mean()),
-        'low': low,
-        'high': high,
-        'items': len(items),
-        'unit': 'share',
-        'direction': 'higher',
-        'details': {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']},
+        **_share('answers in the chat format, ended by the stop token', good, details),
         'samples': [
             {'prompt': item['messages'][0]['content'], 'completion': answer.text}
             for item, (answer,) in zip(items[:3], answers, strict=False)
@@ -249,7 +253,7 @@ def _evaluate_pairs(
     model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
 ) -> Result:
     source = open_source(spec['source'])
-    records = [source[i] for i in np.linspace(0, len(source) - 1, min(spec['items'], len(source))).astype(int)]
+    records = _spread(source, spec['items'])
     segments = [segment for record in records for segment in pair_segments(record, tokenizer)]
     rows = ROWS_OF_PAIRS * batch_ways()
     shape = {
@@ -266,17 +270,7 @@ def _evaluate_pairs(
             [(x * s.loss_weight).sum() / s.loss_weight.sum() for s, x in zip(segments, said, strict=True)]
         )
     better = np.sign(scores[0::2] - scores[1::2]) / 2 + 0.5
-    low, high = interval(better)
-    return {
-        'metric': 'pairs put in order',
-        'value': float(better.mean()),
-        'low': low,
-        'high': high,
-        'items': len(records),
-        'unit': 'share',
-        'direction': 'higher',
-        'details': {'by': name, 'scores': better.tolist()},
-    }
+    return _share('pairs put in order', better, {'by': name, 'scores': better.tolist()})
 
 
 def _named(name: str, known: Mapping[str, Any], samples: int) -> dict[str, Any]:
