@@ -27,7 +27,8 @@ from model.sharding import make_mesh
 from model.transformer import Model
 from train import compile as command
 from train.chips import chip_of
-from train.graph import Run, stage_model
+from train.edges import stage_model
+from train.graph import Run
 from train.hlo import Cost, cost, group_size
 from train.optimizer import make_optimizer
 from train.programs import compiled_programs

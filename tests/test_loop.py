@@ -23,7 +23,8 @@ from data.tasks import Prompt, Verdict, final_answer
 from model.adapters import merge_adapters
 from train import stages
 from train.checkpoint import Checkpoints, read_json
-from train.graph import Run, order
+from train.edges import order
+from train.graph import Run
 from train.loop import train
 from train.objectives import next_token
 from train.rollout import RolloutStream

@@ -32,7 +32,8 @@ from train import operations
 from train.__main__ import parse
 from train.chips import known_peak, si
 from train.command import command
-from train.graph import Run, needed_for, stage_model
+from train.edges import needed_for, stage_model
+from train.graph import Run
 from train.host import prepare
 from train.loop import Spent, train
 

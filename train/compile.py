@@ -70,7 +70,7 @@ def check(config: Mapping[str, Any], stage: str, topology: str) -> None:
 
     from model.sharding import make_mesh
     from model.transformer import Model
-    from train.graph import needed_for, order, stage_model
+    from train.edges import needed_for, order, stage_model
     from train.hlo import cost
     from train.programs import compiled_programs
 

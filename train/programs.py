@@ -14,7 +14,7 @@ import numpy as np
 
 from model.transformer import Model
 from train.decoding import admit, decode, empty_pool, prefill
-from train.graph import stage_model
+from train.edges import stage_model
 from train.host import cpu_seconds
 from train.optimizer import make_optimizer
 from train.sampler import pool_size, prompt_width
