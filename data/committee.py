@@ -21,6 +21,8 @@ from data.files import Record
 from data.tasks import Prompt, Task
 
 Messages = Sequence[Message]
+Cost = dict[str, dict[str, int]]
+Pair = tuple[Messages, str, str]  # a prompt and two answers
 
 # (prompts, n, seed) -> n answers to each prompt. An answer that did not end by itself is ''.
 Generator = Callable[[Sequence[Messages], int, int], list[list[str]]]
@@ -53,11 +55,29 @@ class Vote(NamedTuple):
     score: float = 0.5
 
 
+class Ballot(NamedTuple):
+    """What a committee made of one answer: `votes` by name of the judge."""
+
+    generator: str
+    verdict: Vote
+    votes: Mapping[str, Vote]
+
+
+class Tally(NamedTuple):
+    """What `report` counts: answers asked of each generator, ballots on finished ones, and what each member cost."""
+
+    answers: Mapping[str, int]
+    ballots: list[Ballot]
+    cost: Cost
+
+
 Judge = Callable[[Sequence[Item], int], list[Vote]]  # (items, seed) -> a vote on each
 Rule = Callable[[Mapping[str, Vote]], Vote]  # the votes on one item by name of the judge -> that of the committee
 Ask = Callable[
     [Sequence[Messages], int], list[float | None]
 ]  # questions 'A or B?' -> the probability of A; None: no say
+# (pairs, seed, criteria) -> the probability that the first answer of each pair is the better one; None: no say.
+Compare = Callable[[Sequence[Pair], int, Sequence[str]], list[float | None]]
 
 
 def fold(*parts: Any) -> int:
@@ -213,19 +233,17 @@ def filtered(
     rule: Rule,
     n: int = 1,
     seed: int = 0,
-) -> tuple[list[Record], dict[str, Any]]:
-    """n answers to each prompt from each generator, the accepted ones as chats, and a report.
+) -> tuple[list[Record], Tally]:
+    """n answers to each prompt from each generator, the accepted ones as chats, and what `report` tells of.
 
     Records have `provenance`: number of the prompt, generator, sample, seed, all votes and the committee's score. The
-    same seed and members that keep their word give the same records. The report has the numbers of answers and of
-    unfinished ones (which nobody judges); the `rates` of the committee, of what it said to each generator, and of each
-    judge; how far judges agree; and what each member cost.
+    same seed and members that keep their word give the same records. Nobody judges unfinished answers.
     """
-    cost: dict[str, dict[str, int]] = {}
+    cost: Cost = {}
     items: list[Item] = []
     origins: list[dict[str, Any]] = []
     for name, generator in generators.items():
-        with _metered(cost, f'generator {name}', generator):
+        with metered(cost, {f'generator {name}': generator}):
             answers = generator(prompts, n, fold(seed, 'generator', name))
         for i, k in itertools.product(range(len(prompts)), range(n)):
             if answers[i][k]:
@@ -233,36 +251,43 @@ def filtered(
                 origins.append({'prompt': i, 'generator': name, 'sample': k, 'seed': seed})
     votes: dict[str, list[Vote]] = {}
     for name, judge in judges.items():
-        with _metered(cost, f'judge {name}', judge):
+        with metered(cost, {f'judge {name}': judge}):
             votes[name] = judge(items, fold(seed, 'judge', name))
-    records, verdicts = [], []
+    records, ballots = [], []
     for item, origin, *given in zip(items, origins, *votes.values(), strict=True):
         ballot = dict(zip(votes, given, strict=True))
         verdict = rule(ballot)
-        verdicts.append(verdict)
+        ballots.append(Ballot(origin['generator'], verdict, ballot))
         if verdict.accept:
-            provenance = {
-                **origin,
-                'votes': {name: list(vote) for name, vote in ballot.items()},
-                'score': verdict.score,
-            }
+            cast = {name: list(vote) for name, vote in ballot.items()}
             messages = [*item.prompt, {'role': 'assistant', 'content': item.answer}]
-            records.append({'messages': messages, 'provenance': provenance})
-    report = {
-        'answers': len(prompts) * n * len(generators),
-        'unfinished': len(prompts) * n * len(generators) - len(items),
-        'committee': rates(verdicts),
-        'generators': {
-            name: rates(
-                [verdict for verdict, origin in zip(verdicts, origins, strict=True) if origin['generator'] == name]
-            )
-            for name in generators
-        },
+            records.append({'messages': messages, 'provenance': {**origin, 'votes': cast, 'score': verdict.score}})
+    return records, Tally(dict.fromkeys(generators, len(prompts) * n), ballots, cost)
+
+
+def report(tallies: Sequence[Tally]) -> dict[str, Any]:
+    """The numbers of answers and of unfinished ones; the `rates` of the committee, of what it said to each generator,
+    and of each judge; how far judges agree; and what each member cost."""
+    ballots = [ballot for tally in tallies for ballot in tally.ballots]
+    answers = sum(sum(tally.answers.values()) for tally in tallies)
+    by: dict[str, list[Vote]] = {name: [] for tally in tallies for name in tally.answers}
+    votes: dict[str, list[Vote]] = {}
+    for generator, verdict, ballot in ballots:
+        by[generator].append(verdict)
+        for name, vote in ballot.items():
+            votes.setdefault(name, []).append(vote)
+    cost: dict[str, Counter[str]] = {}
+    for name, spent in itertools.chain.from_iterable(tally.cost.items() for tally in tallies):
+        cost.setdefault(name, Counter()).update(spent)
+    return {
+        'answers': answers,
+        'unfinished': answers - len(ballots),
+        'committee': rates([ballot.verdict for ballot in ballots]),
+        'generators': {name: rates(given) for name, given in by.items()},
         'judges': {name: rates(given) for name, given in votes.items()},
         'agreement': agreement(votes),
-        'cost': cost,
+        'cost': {name: dict(spent) for name, spent in cost.items()},
     }
-    return records, report
 
 
 def rates(votes: Sequence[Vote]) -> dict[str, float | None]:
@@ -272,10 +297,12 @@ def rates(votes: Sequence[Vote]) -> dict[str, float | None]:
 
 
 @contextlib.contextmanager
-def _metered(cost: dict[str, dict[str, int]], name: str, member: Any) -> Iterator[None]:
-    before = dict(getattr(member, 'usage', {}))
+def metered(cost: Cost, members: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to `cost`, by name, what members use meanwhile."""
+    before = {name: dict(getattr(member, 'usage', {})) for name, member in members.items()}
     yield
-    cost[name] = {key: value - before.get(key, 0) for key, value in getattr(member, 'usage', {}).items()}
+    for name, member in members.items():
+        cost[name] = {key: value - before[name].get(key, 0) for key, value in getattr(member, 'usage', {}).items()}
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -303,7 +330,7 @@ def scored(scorer: Scorer) -> Ask:
 
 
 def prefer(
-    pairs: Sequence[tuple[Messages, str, str]],
+    pairs: Sequence[Pair],
     ask: Ask,
     seed: int,
     criteria: Sequence[str] | None = None,
@@ -322,3 +349,27 @@ def prefer(
     said = ask(questions, seed)
     both = zip(said[::2], said[1::2], strict=True)
     return [None if a is None or b is None else (a + 1 - b) / 2 for a, b in both]
+
+
+def by_questions(ask: Ask, template: str = PREFERENCE_TEMPLATE) -> Compare:
+    """Compares answers by asking which is better (see `prefer`)."""
+    return lambda pairs, seed, criteria: prefer(pairs, ask, seed, criteria, template)
+
+
+def by_score(judge: Judge) -> Compare:
+    """Compares answers by a judge's scores a and b of them, read as probabilities of being good, by no other criterion.
+
+    p = a (1 - b) / (a (1 - b) + b (1 - a)): that the first is the good one, given that one of them is. Of scores that
+    are logistics of rewards it is the logistic of their difference (Bradley & Terry 1952). Equal scores say nothing.
+    """
+
+    def compare(pairs: Sequence[Pair], seed: int, criteria: Sequence[str]) -> list[float | None]:
+        votes = judge([Item(prompt, answer) for prompt, *both in pairs for answer in both], seed)
+        said: list[float | None] = []
+        for one, other in zip(votes[::2], votes[1::2], strict=True):
+            first, second = one.score * (1 - other.score), other.score * (1 - one.score)
+            mute = None in (one.accept, other.accept) or first == second
+            said.append(None if mute else first / (first + second))
+        return said
+
+    return compare

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.committee import PREFERENCE_TEMPLATE, Ask, Generator, Messages, fold, prefer, question, transcript
+from data.committee import Compare, Generator, Messages, Pair, fold, question, transcript
 from data.errors import InputError
 from data.files import Record
 
@@ -113,24 +113,27 @@ def revise(
 
 
 def label(
-    pairs: Sequence[tuple[Messages, str, str]],
-    ask: Ask,
+    pairs: Sequence[Pair],
+    judges: Mapping[str, Compare],
     principles: Sequence[str],
     seed: int,
-    template: str = PREFERENCE_TEMPLATE,
 ) -> list[Record]:
     """Preferences between the two answers of each (prompt, one, other), each by a principle drawn for it.
 
-    {prompt, chosen, rejected, probability, provenance}: `probability`, at least 1/2, is the label of a soft loss. Pairs
-    on which the judge is mute are left out.
+    {prompt, chosen, rejected, probability, provenance}: `probability`, at least 1/2, is the label of a soft loss: the
+    mean of what the judges say. `provenance` has the number of the pair, the seed, the principle and, of each judge,
+    how probable it is that the first answer is the better one. Pairs on which all judges are mute are left out.
     """
     criteria = [random.Random(fold(seed, i)).choice(principles) for i in range(len(pairs))]
     records = []
-    for i, p in enumerate(prefer(pairs, ask, fold(seed, 'preference'), criteria, template)):
-        if p is not None:
-            prompt, one, other = pairs[i]
+    said = {name: judge(pairs, fold(seed, 'preference', name), criteria) for name, judge in judges.items()}
+    for i, (prompt, one, other) in enumerate(pairs):
+        votes = {name: found[i] for name, found in said.items()}
+        cast = [p for p in votes.values() if p is not None]
+        if cast:
+            p = sum(cast) / len(cast)
             chosen, rejected = (one, other) if p >= 0.5 else (other, one)
-            provenance = {'pair': i, 'seed': seed, 'principle': criteria[i]}
+            provenance = {'pair': i, 'seed': seed, 'principle': criteria[i], 'votes': votes}
             record = {'prompt': list(prompt), 'chosen': chosen, 'rejected': rejected, 'probability': max(p, 1 - p)}
             records.append({**record, 'provenance': provenance})
     return records

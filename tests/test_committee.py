@@ -37,12 +37,15 @@ from data.committee import (
     PromptJudge,
     Vote,
     agreement,
+    by_questions,
+    by_score,
     fill,
     filtered,
     fold,
     log_odds,
     majority,
     prefer,
+    report,
     scored,
     unanimous,
     verifier_judge,
@@ -622,9 +625,12 @@ def test_filtered_keeps_what_the_vote_accepts_and_says_where_it_is_from() -> Non
     harsh = PromptJudge(scripted(lambda prompt, *_: f'Verdict: {"REJECT" if "none" in prompt else "ACCEPT"}'))
     judges = {'verifier': verifier_judge(task, problems[:5]), 'harsh': harsh, 'mute': PromptJudge(teachers['cut'])}
     arguments = ([chat(p.text) for p in problems], teachers, judges, unanimous(2))
-    records, report = filtered(*arguments, n=2, seed=3)
-    assert (records, report) == filtered(*arguments, n=2, seed=3)
-    assert len(records) == 5 * 2 + 5 and report['answers'] == 36 and report['unfinished'] == 12
+    records, tally = filtered(*arguments, n=2, seed=3)
+    assert (records, tally) == filtered(*arguments, n=2, seed=3)
+    said = report([tally])
+    twice = report([tally, tally])
+    assert twice['answers'] == 72 and twice['judges'] == said['judges'] and twice['committee'] == said['committee']
+    assert len(records) == 5 * 2 + 5 and said['answers'] == 36 and said['unfinished'] == 12
     for record in records:
         origin = record['provenance']
         assert record['messages'][0]['content'] == problems[origin['prompt']].text
@@ -633,12 +639,12 @@ def test_filtered_keeps_what_the_vote_accepts_and_says_where_it_is_from() -> Non
         assert origin['seed'] == 3 and origin['generator'] in ('good', 'half') and origin['sample'] in (0, 1)
         assert check_record(json.loads(json.dumps(record)), '', 'here') == record
     # The sixth problem is unknown to the verifier: no quorum.
-    assert report['committee'] == {'accepted': 15 / 20, 'abstained': 4 / 24}
-    assert report['generators']['half'] == {'accepted': 0.5, 'abstained': 2 / 12}
-    assert report['generators']['cut'] == {'accepted': None, 'abstained': None}
-    assert report['judges']['verifier'] == {'accepted': 0.75, 'abstained': 4 / 24}
-    assert report['judges']['mute'] == {'accepted': None, 'abstained': 1.0}
-    assert report['agreement']['alpha'] == 1.0 and report['agreement']['pairs']['verifier, mute'] is None
+    assert said['committee'] == {'accepted': 15 / 20, 'abstained': 4 / 24}
+    assert said['generators']['half'] == {'accepted': 0.5, 'abstained': 2 / 12}
+    assert said['generators']['cut'] == {'accepted': None, 'abstained': None}
+    assert said['judges']['verifier'] == {'accepted': 0.75, 'abstained': 4 / 24}
+    assert said['judges']['mute'] == {'accepted': None, 'abstained': 1.0}
+    assert said['agreement']['alpha'] == 1.0 and said['agreement']['pairs']['verifier, mute'] is None
 
 
 def test_equal_members_draw_with_seeds_of_their_own() -> None:
@@ -655,13 +661,23 @@ def test_filtered_counts_what_endpoints_cost(server: Server, connect: Callable[.
     )
     one = connect()  # both teacher and judge: what it cost as either is told apart
     prompts = [chat('a'), chat('b')]
-    records, report = filtered(prompts, {'t': one}, {'j': PromptJudge(one)}, majority(), n=3)
+    records, tally = filtered(prompts, {'t': one}, {'j': PromptJudge(one)}, majority(), n=3)
     assert len(records) == 6
     for role in ('generator t', 'judge j'):
-        assert report['cost'][role] == {'requests': 6, 'cached': 0, 'prompt_tokens': 42, 'completion_tokens': 18}
-    again, report = filtered(prompts, {'t': connect()}, {'j': PromptJudge(connect())}, majority(), n=3)
+        assert report([tally])['cost'][role] == {
+            'requests': 6,
+            'cached': 0,
+            'prompt_tokens': 42,
+            'completion_tokens': 18,
+        }
+    again, tally = filtered(prompts, {'t': connect()}, {'j': PromptJudge(connect())}, majority(), n=3)
     assert again == records and len(server.asked) == 12
-    assert report['cost']['judge j'] == {'requests': 0, 'cached': 6, 'prompt_tokens': 0, 'completion_tokens': 0}
+    assert report([tally])['cost']['judge j'] == {
+        'requests': 0,
+        'cached': 6,
+        'prompt_tokens': 0,
+        'completion_tokens': 0,
+    }
 
 
 def between(prompt: str, one: str, other: str) -> str:
@@ -771,10 +787,31 @@ def test_labels_are_ordered_and_soft() -> None:
         return 'AB'[better if k == 3 else not better]
 
     pairs = [(chat('q'), 'a', 'b'), (chat('q'), 'd', 'c'), (chat('q'), 'mute', 'x')]
-    records = label(pairs, voted(scripted(says), 4), ['kindness'], 0)
+    records = label(pairs, {'judge': by_questions(voted(scripted(says), 4))}, ['kindness'], 0)
     assert [(r['chosen'], r['rejected'], r['probability']) for r in records] == [('b', 'a', 0.75), ('d', 'c', 0.75)]
-    assert records[1]['provenance'] == {'pair': 1, 'seed': 0, 'principle': 'kindness'}
+    assert records[1]['provenance'] == {'pair': 1, 'seed': 0, 'principle': 'kindness', 'votes': {'judge': 0.75}}
     assert records[0]['prompt'] == chat('q')
+
+
+def test_scores_compare_by_the_odds() -> None:
+    """A judge whose score is the logistic of a reward prefers by the logistic of the difference."""
+    rewards = {'good': 2.0, 'bad': -1.0, 'same': 2.0, 'mute': 0.0}
+
+    def judge(items: Sequence[Item], seed: int) -> list[Vote]:
+        return [
+            Vote(None) if item.answer == 'mute' else Vote(True, 1 / (1 + math.exp(-rewards[item.answer])))
+            for item in items
+        ]
+
+    pairs = [(chat('q'), 'good', 'bad'), (chat('q'), 'bad', 'good'), (chat('q'), 'good', 'same')]
+    p, q, *rest = by_score(judge)([*pairs, (chat('q'), 'good', 'mute')], 0, [''] * 4)
+    assert p == pytest.approx(1 / (1 + math.exp(-3.0))) and p + q == pytest.approx(1)  # type: ignore[operator]
+    assert rest == [None, None]
+    # Several judges: the mean of those who have a say; where none has, no record.
+    known = by_questions(voted(scripted(lambda *_: 'neither')))
+    (record, other) = label(pairs, {'reward': by_score(judge), 'mute': known}, ['kindness'], 0)
+    assert record['chosen'] == other['chosen'] == 'good' and record['probability'] == pytest.approx(p)
+    assert record['provenance']['votes'] == {'reward': p, 'mute': None}
 
 
 REFUSALS = (
