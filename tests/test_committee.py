@@ -60,7 +60,7 @@ from data.tasks import get_task
 from model.sharding import make_mesh
 from model.transformer import Model
 from train.checkpoint import Loaded
-from train.members import CheckpointMember, likelihood_judge, make_member
+from train.members import CheckpointMember, likelihood_judge, make_member, reward_judge
 from train.statistics import interval
 
 KEY = 'sk-planted-0123456789'
@@ -915,6 +915,26 @@ def test_a_checkpoint_generates_by_words_and_seed(member: CheckpointMember) -> N
     assert member(prompts[::-1], 4, 1)[::-1] == answers and member([], 4, 1) == []
     assert any(map(any, answers)) and not all(map(all, answers))  # some were cut off
     assert member(prompts, 4, 2) != answers
+
+
+def test_a_reward_model_judges_by_its_stop_token(member: CheckpointMember) -> None:
+    model = Model(model_config(num_hidden_layers=1, n_routed_experts=0, initializer_range=0.3, value_head=True))
+    variables = model.init(1, make_mesh({'data': 1}, jax.devices()[:1]))
+    variables['params']['value_head'] = jax.numpy.ones_like(variables['params']['value_head'])  # it begins with 0
+    tokenizer, critic = small_tokenizer(), CheckpointMember(Loaded(model, variables, small_tokenizer(), {}, {}))
+    items = [Item(chat('def'), 'return'), Item(chat('x' * 50), 'import json')]
+    expected = []
+    for item in items:
+        start = render_chat(item.prompt, tokenizer, add_generation_prompt=True)[0]
+        row = np.array([[*start, *tokenizer.encode(item.answer), tokenizer.end_id]], np.int32)
+        expected.append(float(model.apply(variables, row).value[0, -1]))
+    assert critic.values(items) == pytest.approx(expected, abs=1e-4) and expected[0] != expected[1]
+    assert critic.usage['flops'] > 0
+    votes = reward_judge(critic, max(expected) - 1e-3)(items, 0)
+    assert [vote.accept for vote in votes] == [x == max(expected) for x in expected]
+    assert [vote.score for vote in votes] == pytest.approx(1 / (1 + np.exp(-np.array(expected))))
+    with pytest.raises(InputError, match='without a value head'):
+        reward_judge(member)(items, 0)
 
 
 def test_members_are_made_from_specs(server: Server, tmp_path: Path) -> None:

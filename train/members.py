@@ -7,10 +7,9 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from data.chat import render_chat
@@ -18,12 +17,14 @@ from data.committee import Item, Judge, Messages, Vote
 from data.endpoint import Endpoint
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
+from data.packing import Segment
 from model.sharding import batch_ways
 from train.checkpoint import Loaded, load
-from train.host import fetch
 from train.sampler import prompt_width, row_keys, sample_tokens
+from train.scoring import Scorer
 
-ROW_TOKENS = 8192  # about as many are scored at a time
+ROW_TOKENS = 8192  # about as many are scored in one call,
+PARTS = 8  # in so many parts, of which empty ones cost nothing
 
 
 class CheckpointMember:
@@ -35,8 +36,8 @@ class CheckpointMember:
 
     def __init__(self, loaded: Loaded, temperature: float = 1.0, max_tokens: int = 256):
         self._loaded, self._temperature, self._max_tokens = loaded, temperature, max_tokens
-        self._score = jax.jit(lambda variables, b: loaded.model.apply(variables, b[0], segments=b[1]).logprob)
-        self.usage: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0)
+        self._scorers: dict[int, Scorer] = {}  # by the width of their rows
+        self.usage: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0, flops=0)
 
     def __call__(self, prompts: Sequence[Messages], n: int, seed: int) -> list[list[str]]:
         """n answers to each chat; '' for one that the limit ended. Draws depend on the prompt's words, the seed and the
@@ -56,8 +57,7 @@ class CheckpointMember:
             max_tokens=self._max_tokens,
             keys=row_keys(seed, names, n),
         )
-        self.usage['prompt_tokens'] += sum(map(len, tokens))
-        self.usage['completion_tokens'] += sum(len(answer.tokens) for group in groups for answer in group)
+        self._spend(tokens, [answer.tokens for group in groups for answer in group])
         return [[answer.text if answer.stopped else '' for answer in group] for group in groups]
 
     def logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
@@ -70,6 +70,16 @@ class CheckpointMember:
 
         Raises InputError for a prompt and answer longer than the context.
         """
+        return self._said(items, 'logprob')
+
+    def values(self, items: Sequence[Item]) -> list[float]:
+        """What the value head says at each answer's stop token. Raises InputError as above, or where there is none."""
+        if not self._loaded.model.config.value_head:
+            raise InputError('a model without a value head: expected a reward model')
+        return [values[-1].item() for values in self._said(items, 'value')]
+
+    def _said(self, items: Sequence[Item], name: str) -> list[np.ndarray]:
+        """A field of `model.heads.Output` at the tokens of each answer, its stop token included."""
         tokenizer, room = self._loaded.tokenizer, self._loaded.model.config.max_position_embeddings
         starts, rows = [], []
         for number, item in enumerate(items):
@@ -79,22 +89,30 @@ class CheckpointMember:
             if len(rows[-1]) > room:
                 raise InputError(f'answer {number}: {len(rows[-1])} tokens with its prompt: expected {room} at most')
         found: list[np.ndarray] = [np.zeros(0)] * len(items)
-        order = sorted(range(len(items)), key=lambda i: len(rows[i]))
-        while order:
-            # The longest first: what fits beside it has its width.
-            width, ways = prompt_width(len(rows[order[-1]])), batch_ways()
-            count = min(max(1, ROW_TOKENS // width), 1 << (len(order) - 1).bit_length())
-            count = -(-count // ways) * ways
-            chosen, order = order[-count:], order[:-count]
-            block = np.full((2, count, width), tokenizer.pad_id, np.int32)
-            block[1] = 0
-            for place, i in enumerate(chosen):
-                block[:, place, : len(rows[i])] = np.array([rows[i], [1] * len(rows[i])])
-            values = np.asarray(fetch(self._score(self._loaded.variables, block)), np.float64)
-            for place, i in enumerate(chosen):
-                found[i] = values[place, starts[i] : len(rows[i])]
-        self.usage['prompt_tokens'] += sum(map(len, rows))
+        widths = [prompt_width(len(row)) for row in rows]
+        for width in set(widths):
+            chosen = [i for i in range(len(items)) if widths[i] == width]
+            segments = [Segment(rows[i], np.ones(len(rows[i]))) for i in chosen]
+            said = self._scorer(width)(self._loaded.variables, segments, (name,))
+            for i, fields in zip(chosen, said, strict=True):
+                found[i] = np.asarray(fields[name][starts[i] :], np.float64)
+        self._spend(rows, [])
         return found
+
+    def _scorer(self, width: int) -> Scorer:
+        if width not in self._scorers:
+            ways = batch_ways()
+            part = -(-max(1, ROW_TOKENS // PARTS // width) // ways) * ways
+            shape = {'batch_size': PARTS * part, 'microbatches': PARTS, 'sequence_length': width}
+            self._scorers[width] = Scorer(self._loaded.model, self._loaded.tokenizer.pad_id, shape)
+        return self._scorers[width]
+
+    def _spend(self, read: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> None:
+        """Counts tokens, and the FLOPs of as many at their mean length."""
+        counts = [sum(map(len, tokens)) for tokens in (read, written)]
+        length = sum(counts) / max(len(read), len(written), 1)
+        flops = sum(counts) * self._loaded.model.flops_per_token(length, backward=False)
+        self.usage.update(prompt_tokens=counts[0], completion_tokens=counts[1], flops=round(flops))
 
     def _tokens(self, prompt: Messages) -> list[int]:
         return render_chat(prompt, self._loaded.tokenizer, add_generation_prompt=True)[0]
@@ -110,23 +128,38 @@ def likelihood_judge(member: CheckpointMember, threshold: float) -> Judge:
     return judge
 
 
-def make_member(spec: Mapping[str, Any]) -> CheckpointMember | Endpoint:
-    """The generator and scorer that a spec describes: {'type': TYPE, option: value, ...}.
+def reward_judge(member: CheckpointMember, threshold: float = 0.0) -> Judge:
+    """Accepts answers that a reward model gives `threshold` or more; the score is the reward's logistic."""
 
-      checkpoint   path (DIR/STAGE[@STEP]), temperature, max_tokens
-      endpoint     url, model, cache, and the other arguments of `data.endpoint.Endpoint`
+    def judge(items: Sequence[Item], seed: int) -> list[Vote]:
+        return [Vote(reward >= threshold, 0.5 + math.tanh(reward / 2) / 2) for reward in member.values(items)]
 
-    Raises InputError for an unknown type or option, a missing one, or what the type itself refuses.
+    return judge
+
+
+def chosen(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], what: str, *given: Any) -> Any:
+    """What the entry of a table that a spec {'type': TYPE, option: value, ...} names makes of `given` and its options.
+
+    Raises InputError, beginning with `what`, for an unknown type or option, a missing one, or what the type refuses.
     """
     options = as_dict(spec)
     kind = options.pop('type', None)
-    if kind not in _TYPES:
-        raise InputError(f'member: type {kind!r}{did_you_mean(str(kind), _TYPES)}')
+    if kind not in table:
+        raise InputError(f'{what}: type {kind!r}{did_you_mean(str(kind), table)}')
     try:
-        inspect.signature(_TYPES[kind]).bind(**options)
+        inspect.signature(table[kind]).bind(*given, **options)
     except TypeError as error:
-        raise InputError(f'member {kind}: {error}') from error
-    return _TYPES[kind](**options)
+        raise InputError(f'{what} {kind}: {error}') from error
+    return table[kind](*given, **options)
+
+
+def make_member(spec: Mapping[str, Any]) -> CheckpointMember | Endpoint:
+    """The generator and scorer that a spec describes (see `chosen`).
+
+    checkpoint   path (DIR/STAGE[@STEP]), temperature, max_tokens
+    endpoint     url, model, cache, and the other arguments of `data.endpoint.Endpoint`
+    """
+    return chosen(_TYPES, spec, 'member')
 
 
 _TYPES: dict[str, Any] = {
