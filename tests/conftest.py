@@ -1,10 +1,18 @@
 """Settings of every test. They are environment variables so that commands started by a test run under them too."""
 
+from __future__ import annotations
+
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE_DEVICES = '--xla_force_host_platform_device_count=8'
@@ -45,3 +53,19 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp('tokenizer')
     small_tokenizer().save(path)
     return str(path)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A chat endpoint on this machine, tried again without much of a pause."""
+    from server import Server
+
+    monkeypatch.setattr('data.endpoint.BACKOFF', 0.01)
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    made = Server()
+    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join()

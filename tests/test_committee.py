@@ -15,8 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from server import Handler, Server, completion
 from small import model_config
 from text import small_tokenizer
 
@@ -69,81 +69,6 @@ VARIABLE = 'TORSO_TEST_KEY'
 
 def chat(text: str) -> Messages:
     return [{'role': 'user', 'content': text}]
-
-
-def completion(text: Any, finish: str = 'stop', **more: Any) -> bytes:
-    choice = {'message': {'role': 'assistant', 'content': text}, 'finish_reason': finish, **more}
-    return json.dumps({'choices': [choice], 'usage': {'prompt_tokens': 7, 'completion_tokens': 3}}).encode()
-
-
-class Server(ThreadingHTTPServer):
-    """Answers request number i of a prompt with `script(handler, prompt, i)`, or with its words and seed."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.script: Callable[[Handler, str, int], Any] = lambda *_: None
-        self.asked: list[dict[str, Any]] = []
-        self.times: list[float] = []
-        self.authorization: set[str | None] = set()
-        self.working = self.most = 0
-        self.lock = threading.Lock()
-        self.url = f'http://127.0.0.1:{self.server_port}/v1'
-
-    def counts(self) -> Counter[str]:
-        return Counter(request['messages'][-1]['content'] for request in self.asked)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that hang up are part of the tests."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-        prompt = request['messages'][-1]['content']
-        with self.server.lock:
-            number = self.server.counts()[prompt]
-            self.server.asked.append(request)
-            self.server.times.append(time.monotonic())
-            self.server.authorization.add(self.headers.get('Authorization'))
-            self.server.working += 1
-            self.server.most = max(self.server.most, self.server.working)
-        try:
-            if self.path != '/v1/chat/completions':
-                self.reply(404, b'no such path')
-            elif self.server.script(self, prompt, number) is None:
-                self.reply(200, completion(f'{prompt} {request.get("seed")}'))
-        finally:
-            with self.server.lock:
-                self.server.working -= 1
-
-    def reply(self, status: int, body: bytes, **headers: str) -> bool:
-        self.send_response(status)
-        for name, value in {'Content-Length': str(len(body)), **headers}.items():
-            self.send_header(name.replace('_', '-'), value)
-        self.end_headers()
-        self.wfile.write(body)
-        return True
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(endpoint_module, 'BACKOFF', 0.01)
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, args=(0.01,))
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-    thread.join()
 
 
 @pytest.fixture
@@ -902,8 +827,11 @@ def test_a_checkpoint_scores_whole_answers(member: CheckpointMember) -> None:
     assert [vote.score for vote in votes] == pytest.approx(np.exp(means))
     assert sorted(vote.accept for vote in votes) == [False, True, True]  # type: ignore[type-var]
     json.dumps(votes)
-    with pytest.raises(InputError, match='answer 1: .* tokens with its prompt: expected 256 at most'):
-        member.token_logprobs([items[0], Item(chat('a'), 'x' * 5000)])
+    # What does not fit into the context is no reason to stop: judges abstain.
+    long = [items[0], Item(chat('a'), 'x' * 5000)]
+    assert [len(x) for x in member.token_logprobs(long)] == [len(found[0]), 0]
+    assert likelihood_judge(member, -100.0)(long, 0)[1] == Vote(None)
+    assert member.logprobs([chat('x' * 5000)], ['A', 'B']) == [[-math.inf, -math.inf]]
 
 
 def test_a_checkpoint_generates_by_words_and_seed(member: CheckpointMember) -> None:
@@ -915,6 +843,10 @@ def test_a_checkpoint_generates_by_words_and_seed(member: CheckpointMember) -> N
     assert member(prompts[::-1], 4, 1)[::-1] == answers and member([], 4, 1) == []
     assert any(map(any, answers)) and not all(map(all, answers))  # some were cut off
     assert member(prompts, 4, 2) != answers
+    long = chat('x' * 5000)
+    assert member([prompts[0], long, prompts[2]], 4, 1) == [answers[0], [''] * 4, answers[2]]
+    with pytest.raises(InputError, match='max_tokens is 256: expected less than the context of 256'):
+        CheckpointMember(member._loaded, max_tokens=256)([], 1, 0)
 
 
 def test_a_reward_model_judges_by_its_stop_token(member: CheckpointMember) -> None:

@@ -36,16 +36,21 @@ class CheckpointMember:
 
     def __init__(self, loaded: Loaded, temperature: float = 1.0, max_tokens: int = 256):
         self._loaded, self._temperature, self._max_tokens = loaded, temperature, max_tokens
+        self._room = loaded.model.config.max_position_embeddings
         self._scorers: dict[int, Scorer] = {}  # by the width of their rows
         self.usage: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0, flops=0)
 
     def __call__(self, prompts: Sequence[Messages], n: int, seed: int) -> list[list[str]]:
-        """n answers to each chat; '' for one that the limit ended. Draws depend on the prompt's words, the seed and the
-        sample's number alone. Raises InputError for a prompt too long for the context.
+        """n answers to each chat; '' for one that the limit ended, or whose prompt leaves it no room.
+        Draws depend on the prompt's words, the seed and the sample's number alone. Raises InputError where none would
+        have room.
         """
-        if not prompts:
-            return []
-        tokens = [self._tokens(prompt) for prompt in prompts]
+        if self._max_tokens >= self._room:
+            raise InputError(f'max_tokens is {self._max_tokens}: expected less than the context of {self._room}')
+        everything = [self._tokens(prompt) for prompt in prompts]
+        tokens = [ids for ids in everything if len(ids) <= self._room - self._max_tokens]
+        if not tokens:
+            return [[''] * n for _ in prompts]
         names = [zlib.crc32(json.dumps(ids).encode()) for ids in tokens]
         groups = sample_tokens(
             self._loaded.model,
@@ -58,45 +63,46 @@ class CheckpointMember:
             keys=row_keys(seed, names, n),
         )
         self._spend(tokens, [answer.tokens for group in groups for answer in group])
-        return [[answer.text if answer.stopped else '' for answer in group] for group in groups]
+        answers = iter([[answer.text if answer.stopped else '' for answer in group] for group in groups])
+        return [next(answers) if len(ids) <= self._room - self._max_tokens else [''] * n for ids in everything]
 
     def logprobs(self, prompts: Sequence[Messages], options: Sequence[str]) -> list[list[float]]:
-        """The log-probability of each option as the whole answer to each prompt, at temperature 1."""
-        sums = [math.fsum(x) for x in self.token_logprobs([Item(p, option) for p in prompts for option in options])]
+        """The log-probability of each option as the whole answer to each prompt, at temperature 1; -inf for one
+        that does not fit into the context with its prompt."""
+        sums = [
+            math.fsum(x) if len(x) else -math.inf
+            for x in self.token_logprobs([Item(p, option) for p in prompts for option in options])
+        ]
         return [sums[i : i + len(options)] for i in range(0, len(sums), len(options))]
 
     def token_logprobs(self, items: Sequence[Item]) -> list[np.ndarray]:
-        """Log-probabilities of the tokens of each answer, its stop token included.
-
-        Raises InputError for a prompt and answer longer than the context.
-        """
+        """Log-probabilities of the tokens of each answer, its stop token included; none where the context is too short
+        for prompt and answer."""
         return self._said(items, 'logprob')
 
-    def values(self, items: Sequence[Item]) -> list[float]:
-        """What the value head says at each answer's stop token. Raises InputError as above, or where there is none."""
+    def values(self, items: Sequence[Item]) -> list[float | None]:
+        """What the value head says at each answer's stop token; None as above. Raises InputError without one."""
         if not self._loaded.model.config.value_head:
             raise InputError('a model without a value head: expected a reward model')
-        return [values[-1].item() for values in self._said(items, 'value')]
+        return [values[-1].item() if len(values) else None for values in self._said(items, 'value')]
 
     def _said(self, items: Sequence[Item], name: str) -> list[np.ndarray]:
         """A field of `model.heads.Output` at the tokens of each answer, its stop token included."""
-        tokenizer, room = self._loaded.tokenizer, self._loaded.model.config.max_position_embeddings
+        tokenizer = self._loaded.tokenizer
         starts, rows = [], []
-        for number, item in enumerate(items):
+        for item in items:
             tokens = self._tokens(item.prompt)
             starts.append(len(tokens))
             rows.append([*tokens, *tokenizer.encode(item.answer), tokenizer.end_id])
-            if len(rows[-1]) > room:
-                raise InputError(f'answer {number}: {len(rows[-1])} tokens with its prompt: expected {room} at most')
         found: list[np.ndarray] = [np.zeros(0)] * len(items)
-        widths = [prompt_width(len(row)) for row in rows]
-        for width in set(widths):
-            chosen = [i for i in range(len(items)) if widths[i] == width]
+        widths = {i: prompt_width(len(row)) for i, row in enumerate(rows) if len(row) <= self._room}
+        for width in set(widths.values()):
+            chosen = [i for i in widths if widths[i] == width]
             segments = [Segment(rows[i], np.ones(len(rows[i]))) for i in chosen]
             said = self._scorer(width)(self._loaded.variables, segments, (name,))
             for i, fields in zip(chosen, said, strict=True):
                 found[i] = np.asarray(fields[name][starts[i] :], np.float64)
-        self._spend(rows, [])
+        self._spend([rows[i] for i in widths], [])
         return found
 
     def _scorer(self, width: int) -> Scorer:
@@ -119,20 +125,23 @@ class CheckpointMember:
 
 
 def likelihood_judge(member: CheckpointMember, threshold: float) -> Judge:
-    """Accepts answers whose tokens have a mean log-probability of `threshold` or more; the score is its exponential."""
+    """Accepts answers whose tokens have a mean log-probability of `threshold` or more; the score is its exponential. It
+    abstains on those too long for its context."""
 
     def judge(items: Sequence[Item], seed: int) -> list[Vote]:
-        means = [values.mean().item() for values in member.token_logprobs(items)]
-        return [Vote(bool(mean >= threshold), min(1.0, math.exp(mean))) for mean in means]
+        means = [values.mean().item() if len(values) else None for values in member.token_logprobs(items)]
+        return [Vote(None) if x is None else Vote(bool(x >= threshold), min(1.0, math.exp(x))) for x in means]
 
     return judge
 
 
 def reward_judge(member: CheckpointMember, threshold: float = 0.0) -> Judge:
-    """Accepts answers that a reward model gives `threshold` or more; the score is the reward's logistic."""
+    """Accepts answers that a reward model gives `threshold` or more; the score is the reward's logistic. It abstains on
+    those too long for its context."""
 
     def judge(items: Sequence[Item], seed: int) -> list[Vote]:
-        return [Vote(reward >= threshold, 0.5 + math.tanh(reward / 2) / 2) for reward in member.values(items)]
+        rewards = member.values(items)
+        return [Vote(None) if x is None else Vote(bool(x >= threshold), 0.5 + math.tanh(x / 2) / 2) for x in rewards]
 
     return judge
 
