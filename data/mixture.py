@@ -49,6 +49,12 @@ def validate_mixture(mixture: Mixture, sources: Collection[str]) -> None:
             raise InputError(f'{where}: expected a source of positive weight')
 
 
+def sources_of(mixture: Any) -> set[str]:
+    """Names of the sources in a mixture; of one that is not valid, as many as can be told."""
+    entries = [entry for entry in mixture if isinstance(entry, (tuple, list)) and len(entry) == 2]
+    return {str(name) for _, weights in entries if hasattr(weights, 'keys') for name in weights.keys()}
+
+
 def as_dict(mapping: Any) -> dict[str, Any]:
     """A plain dict of any mapping; a `ConfigDict`, frozen or not, is one in all but name."""
     return {key: mapping[key] for key in mapping.keys()}

@@ -86,6 +86,19 @@ class Repeats:
         return {'prompt': prompts, 'completion': [''.join(f' {word}' for word in string[1:]) for string in strings]}
 
 
+class Awaited:
+    """The records that a stage of the run has still to write: a place for them, while settings are checked."""
+
+    def __init__(self, stage: str):
+        self._stage = stage
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Record:
+        raise InputError(f'stage {self._stage!r} has not written its records yet')
+
+
 def open_source(spec: Any) -> Source:
     """The source that a mapping `{'type': TYPE, option: value, ...}` describes.
 

@@ -101,7 +101,7 @@ def measure(config: dict[str, Any], stage: str, steps: int, folder: Path, workdi
     if workdir is not None and not (workdir / 'tokenizer').is_dir():
         raise InputError(f'{workdir}: expected the folder of a run, with a tokenizer in it')
     run = Run(config, workdir or folder)
-    name = needed_for(run.stages, stage)[-1] if stage else run.order[0]
+    name = needed_for(run.config, stage)[-1] if stage else run.order[0]
     settings = run.stages[name]
     plan, state = run.begin(name, fresh=workdir is None)
     plan = dataclasses.replace(plan, folder=folder / name, steps=steps, save_every=steps)

@@ -74,7 +74,7 @@ def check(config: Mapping[str, Any], stage: str, topology: str) -> None:
     from train.hlo import cost
     from train.programs import compiled_programs
 
-    name = needed_for(config['stages'], stage)[-1] if stage else order(config['stages'])[0]
+    name = needed_for(config, stage)[-1] if stage else order(config)[0]
     model = Model(stage_model(config, name))
     try:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices

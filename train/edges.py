@@ -7,16 +7,23 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from data.errors import InputError, did_you_mean
-from data.mixture import as_dict
+from data.mixture import as_dict, sources_of
 from model.config import ModelConfig
 from train.checkpoint import read_json, split_address, stage_folder
+from train.stages import get_kind
 
-Stages = Mapping[str, Mapping[str, Any]]
+Config = Mapping[str, Any]
+
+
+def parents(stage: Mapping[str, Any]) -> list[str]:
+    """The addresses a stage's variables come from: one, several of a merge; none from scratch or where it has none."""
+    return [address for address in stage.get('parents', [stage.get('parent')]) if address]
 
 
 def edges(stage: Mapping[str, Any]) -> list[str]:
-    """The addresses (NAME or NAME@STEP) of what a stage needs: stages of the run, and folders (see `is_folder`)."""
-    return [address for address in (stage['parent'], *stage['models'].values()) if address]
+    """The addresses (NAME or NAME@STEP) of checkpoints a stage needs: of stages of the run, and folders (see
+    `is_folder`)."""
+    return [*parents(stage), *filter(None, stage.get('models', {}).values())]
 
 
 def is_folder(address: str) -> bool:
@@ -24,42 +31,51 @@ def is_folder(address: str) -> bool:
     return '/' in address
 
 
-def stages_needed(stage: Mapping[str, Any]) -> list[str]:
+def records_needed(stage: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
+    """Names of the stages of the run whose records a stage draws on, by sources {'type': 'stage', 'name': NAME}."""
+    named = sources_of(stage.get('mixture', ())) | {stage.get('source', '')}
+    specs = [sources[name] for name in sorted(named) if name in sources]
+    return [str(spec.get('name', '')) for spec in specs if spec.get('type') == 'stage']
+
+
+def stages_needed(stage: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:
     """Names of the stages of the run that a stage needs."""
-    return [split_address(address)[0] for address in edges(stage) if not is_folder(address)]
+    checkpoints = [split_address(address)[0] for address in edges(stage) if not is_folder(address)]
+    return [*checkpoints, *records_needed(stage, sources)]
 
 
-def order(stages: Stages) -> list[str]:
+def order(config: Config) -> list[str]:
     """Names of the stages, each after those it needs (a ConfigDict sorts its keys: position means nothing).
 
     Raises:
         InputError: an edge to a stage that is not there, or a cycle.
     """
     graph: dict[str, list[str]] = {}
-    for name, stage in stages.items():
-        graph[name] = stages_needed(stage)
+    for name, stage in config['stages'].items():
+        graph[name] = stages_needed(stage, config['sources'])
         for needed in graph[name]:
-            if needed not in stages:
-                raise InputError(f'stages.{name} needs stage {needed!r}{did_you_mean(needed, stages)}')
+            if needed not in config['stages']:
+                raise InputError(f'stages.{name} needs stage {needed!r}{did_you_mean(needed, config["stages"])}')
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
         raise InputError(f'stages: {" needs ".join(error.args[1])}: expected no cycle') from None
 
 
-def needed_for(stages: Stages, last: str) -> list[str]:
+def needed_for(config: Config, last: str) -> list[str]:
     """The stages, in order, that have to be there for stage `last`, itself included."""
+    stages = config['stages']
     if last not in stages:
         raise InputError(f'--stage: no stage {last!r}{did_you_mean(last, stages)}')
     wanted, front = set(), [last]
     while front:
         name = front.pop()
         wanted.add(name)
-        front += stages_needed(stages[name])
-    return [name for name in order(stages) if name in wanted]
+        front += stages_needed(stages[name], config['sources'])
+    return [name for name in order(config) if name in wanted]
 
 
-def stage_model(config: Mapping[str, Any], name: str) -> ModelConfig:
+def stage_model(config: Config, name: str) -> ModelConfig:
     """The model as a stage sees it: the run's, with what its ancestors and it itself change; or that of a folder.
 
     Raises:
@@ -68,14 +84,58 @@ def stage_model(config: Mapping[str, Any], name: str) -> ModelConfig:
     if is_folder(name):
         return ModelConfig.from_dict(read_json(stage_folder(name) / 'config.json')['model'])
     stage = config['stages'][name]
-    if stage['parent']:
-        inherited = stage_model(config, split_address(stage['parent'])[0]).to_dict()
+    if parents(stage):
+        inherited = stage_model(config, split_address(parents(stage)[0])[0]).to_dict()
     else:
         inherited = {**as_dict(config['model']), 'vocab_size': int(config['tokenizer']['vocab_size'])}
     try:
-        return ModelConfig.from_dict({**inherited, **as_dict(stage['model'])})
+        return ModelConfig.from_dict({**inherited, **as_dict(stage.get('model', {}))})
     except ValueError as error:
         raise InputError(f'stages.{name}: {error}') from None
+
+
+def check_edges(config: Config, name: str) -> None:
+    """Looks at what a stage needs of others.
+
+    Raises:
+        InputError: checkpoints of a stage that has none, records of one that writes none, a step that is not saved,
+            or parents of other models than one another.
+    """
+    stage, stages = config['stages'][name], config['stages']
+    for needed in records_needed(stage, config['sources']):
+        if get_kind(stages[needed]['kind']).make is None:
+            raise InputError(f'stages.{name} needs the records of {needed!r}: expected a stage that makes some')
+    for address in edges(stage):
+        needed, step = split_address(address)
+        if is_folder(address):
+            continue
+        if get_kind(stages[needed]['kind']).make is not None:
+            raise InputError(f'stages.{name} needs a checkpoint of {needed!r}, which makes records instead')
+        if step is not None and step not in saved_steps(stages[needed]):
+            raise InputError(f'stages.{name} needs {address!r}: {needed} saves steps {saved_steps(stages[needed])}')
+    several = stage.get('parents', ())
+    models = [stage_model(config, split_address(address)[0]).to_dict() for address in several]
+    for address, model in zip(several, models, strict=True):
+        for path, one, other in differences(models[0], model, 'model'):
+            both = f'{several[0]!r} has {path} = {one!r}, {address!r} {other!r}'
+            raise InputError(f'stages.{name}.parents: {both}: expected models of one shape')
+        if model['lora_rank']:
+            raise InputError(f'stages.{name}.parents: {address!r} has adapters, whose averages mean nothing')
+
+
+def saved_steps(stage: Mapping[str, Any]) -> list[int]:
+    """The steps after which a stage saves a checkpoint; 0 is that of one that does not train."""
+    if not get_kind(stage['kind']).trains:
+        return [0]
+    return [*range(stage['save_every'], stage['steps'], stage['save_every']), stage['steps']]
+
+
+def steps_kept(config: Config, name: str) -> int:
+    """How many of its newest checkpoints a stage keeps: so many that all steps that others name are among them."""
+    stage = config['stages'][name]
+    addresses = [split_address(address) for other in config['stages'].values() for address in edges(other)]
+    pinned = [step for needed, step in addresses if needed == name and step is not None]
+    return max([stage['keep'], *(sum(saved >= step for saved in saved_steps(stage)) for step in pinned)])
 
 
 def differences(before: Any, now: Any, path: str) -> list[list[Any]]:

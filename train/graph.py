@@ -23,13 +23,25 @@ from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables, subtree
 from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
-from train.edges import Stages, differences, edges, is_folder, needed_for, order, stage_model
+from train.edges import (
+    check_edges,
+    differences,
+    edges,
+    is_folder,
+    needed_for,
+    order,
+    parents,
+    records_needed,
+    stage_model,
+    steps_kept,
+)
 from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
+from train.make import RECORDS, write_records
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
-from train.stages import Context, get_kind, stage_objective
+from train.stages import Context, get_kind, stage_objective, training_kind
 from train.step import Layout, State, initial_state, optimizer_shapes, trained
 
 
@@ -47,15 +59,15 @@ class Run:
 
     def __init__(self, config: dict[str, Any], workdir: Path, command: str = ''):
         self.config, self.workdir, self.command = config, workdir, command
-        self.stages: Stages = config['stages']
-        self.order = order(self.stages)
+        self.stages = config['stages']
+        self.order = order(config)
         try:
             self.mesh = make_mesh(config['mesh'])
         except ValueError as error:
             raise InputError(str(error)) from None
         for name in self.order:
             self.model_config(name)
-            for evaluation in self.stages[name]['evaluations']:
+            for evaluation in self.stages[name].get('evaluations', ()):
                 if evaluation not in config['evaluations']:
                     near = did_you_mean(evaluation, config['evaluations'])
                     raise InputError(f'stages.{name}.evaluations: no evaluation {evaluation!r}{near}')
@@ -68,7 +80,7 @@ class Run:
 
     def __call__(self, last: str = '') -> None:
         """Runs every stage that is not finished, or those that stage `last` needs and itself."""
-        names = needed_for(self.stages, last) if last else self.order
+        names = needed_for(self.config, last) if last else self.order
         finished = {name: self._finished(name) for name in names}
         for name in names:
             if not finished[name]:
@@ -84,9 +96,17 @@ class Run:
     def _check(self, name: str) -> None:
         """Raises InputError for what is wrong with a stage: before the first stage runs, not when its turn comes."""
         stage, model = self.stages[name], Model(self.model_config(name))
+        kind = get_kind(stage['kind'])
+        # The variables of others are not there yet; what is built only looks at which of them will be.
+        others = {role: Other(self._model(at), {}) for role, at in stage.get('models', {}).items() if at}
         try:
-            for evaluation in stage['evaluations']:
+            check_edges(self.config, name)
+            for evaluation in stage.get('evaluations', ()):
                 checked(self.config['evaluations'][evaluation])
+            if kind.make is not None:
+                kind.make(self._context(name, model, others))
+            if not kind.trains:
+                return
             self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
             before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model
@@ -95,9 +115,7 @@ class Run:
                     f'stages.{name}.keep_optimizer is True: expected False, as the stage has other parameters than '
                     f'its parent {stage["parent"]!r}'
                 )
-            # The variables of others are not there yet; streams only look at which of them will be.
-            others = {role: Other(self._model(at), {}) for role, at in stage['models'].items() if at}
-            get_kind(stage['kind']).stream(self._context(name, model, others))
+            kind.stream(self._context(name, model, others))
         except ValueError as error:
             text = str(error)
             raise InputError(text if text.startswith('stages.') else f'stages.{name}: {text}') from error
@@ -118,7 +136,7 @@ class Run:
 
     def _context(self, name: str, model: Model, models: Mapping[str, Other]) -> Context:
         stage, sources, folder = self.stages[name], self.config['sources'], self.workdir / name
-        seed, layout = self._seed(name), self._layout(name)
+        seed, layout = self._seed(name), self._layout(name) if get_kind(stage['kind']).trains else None
         return Context(name, stage, sources, model, self.tokenizer, seed, models, layout, folder)
 
     def _layout(self, name: str) -> Layout:
@@ -154,7 +172,7 @@ class Run:
         for name in names:
             if read_json(Path(name) / 'config.json')['tokenizer'] != tokenizer.fingerprint:
                 raise InputError(f'{name} was trained with another tokenizer than {folder if kept else given}')
-        from_scratch = any(not stage['parent'] for stage in self.stages.values())
+        from_scratch = any(stage.get('parent') == '' for stage in self.stages.values())
         if from_scratch and tokenizer.vocab_size > settings['vocab_size']:
             raise InputError(
                 f'tokenizer.vocab_size is {settings["vocab_size"]}: expected {tokenizer.vocab_size} or more, '
@@ -182,7 +200,7 @@ class Run:
         }
 
     def _seed(self, name: str) -> int:
-        own = self.stages[name]['seed']
+        own = self.stages[name].get('seed', -1)
         return int(self.config['seed'] if own < 0 else own)
 
     def _finished(self, name: str) -> bool:
@@ -195,12 +213,10 @@ class Run:
             return False
         kept, now = read_json(folder / 'config.json'), self.record(name)
         kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
-        kept['stage'] = {'trainable': '', **kept['stage']}
+        kept['stage'] = {**({'trainable': ''} if 'trainable' in now['stage'] else {}), **kept['stage']}
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
-            different = [
-                d for d in different if not d[0].startswith(('stage.evaluations', 'stage.save_every', 'stage.keep'))
-            ]
+            different = [d for d in different if d[0] not in ('stage.evaluations', 'stage.save_every', 'stage.keep')]
             if different:
                 path, old, new = different[0]
                 raise InputError(
@@ -210,7 +226,7 @@ class Run:
         finished = folder / 'finished.json'
         if not finished.exists():
             return False
-        return set(self.stages[name]['evaluations']) <= set(read_json(finished)['evaluations'])
+        return set(self.stages[name].get('evaluations', ())) <= set(read_json(finished)['evaluations'])
 
     def _run(self, name: str) -> None:
         began = time.perf_counter()
@@ -221,28 +237,48 @@ class Run:
             say(f'{name}: {path} {old!r} -> {new!r}')
         write_json(folder / 'config.json', self.record(name))
 
-        plan, state = self.begin(name)
-        state, spent = train(plan, state)
-        plan.stream.close()
-        variables = {'params': state['params'], 'balance': state['balance']}
-        results = self._evaluate(name, plan.model, variables)
+        kind = get_kind(stage['kind'])
+        work = self._make if kind.make else self._train
+        facts = work(name)
+        first, *more = parents(stage) or ['']
+        models = {role: address for role, address in stage.get('models', {}).items() if address}
         write_json(
             folder / 'finished.json',
             {
                 'name': name,
                 'kind': stage['kind'],
-                'parent': stage['parent'],
-                'models': {role: address for role, address in stage['models'].items() if address},
-                'records': [],
-                'steps': stage['steps'],
-                'tokens': spent.tokens - plan.tokens,
-                'flops': spent.flops - plan.flops,
+                'parent': first,
+                'models': models | {f'parent {number}': address for number, address in enumerate(more, start=2)},
+                'records': records_needed(stage, self.config['sources']),
+                'steps': stage.get('steps', 0),
+                **facts,
                 'seconds': time.perf_counter() - began,
-                'parameters': plan.model.parameter_counts,
                 'changed': changed,
-                'evaluations': results,
             },
         )
+
+    def _train(self, name: str) -> dict[str, Any]:
+        """Trains a stage and evaluates it; what `finished.json` says of that."""
+        plan, state = self.begin(name)
+        state, spent = train(plan, state)
+        plan.stream.close()
+        variables = {'params': state['params'], 'balance': state['balance']}
+        return {
+            'tokens': spent.tokens - plan.tokens,
+            'flops': spent.flops - plan.flops,
+            'parameters': plan.model.parameter_counts,
+            'evaluations': self._evaluate(name, plan.model, variables),
+        }
+
+    def _make(self, name: str) -> dict[str, Any]:
+        """Makes a stage's records (see `train.make`)."""
+        make, model = get_kind(self.stages[name]['kind']).make, Model(self.model_config(name))
+        assert make is not None
+        with jax.set_mesh(self.mesh):
+            facts = write_records(make(self._context(name, model, self._others(name))), self.workdir / name, name)
+        records, answers = (facts['report'][name] for name in ('records', 'answers'))
+        say(f'{name}: {records} records of {answers} answers in {self.workdir / name / RECORDS}')
+        return {**facts, 'evaluations': {}}
 
     def begin(self, name: str, fresh: bool = False) -> tuple[Plan, State]:
         """What the loop needs to run a stage, and the state it begins with.
@@ -250,11 +286,11 @@ class Run:
         `fresh` puts new weights in the place of other stages' checkpoints, for measurements of speed.
         """
         stage, model = self.stages[name], Model(self.model_config(name))
-        kind = get_kind(stage['kind'])
+        kind = training_kind(stage)
         optimizer = self._optimizer(name, model)
         with jax.set_mesh(self.mesh):
             state, start = self._start(name, model, optimizer, fresh)
-            models = {role: self._other(address, fresh) for role, address in stage['models'].items() if address}
+            models = self._others(name, fresh)
         plan = Plan(
             name=name,
             folder=self.workdir / name,
@@ -266,13 +302,18 @@ class Run:
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
             steps=stage['steps'],
             save_every=stage['save_every'],
-            keep=stage['keep'],
+            keep=steps_kept(self.config, name),
             layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),
-            metadata={'stage': name, 'parent': stage['parent'], 'tokenizer': self.tokenizer.fingerprint},
+            metadata=self._metadata(name),
         )
         return plan, state
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        """What each checkpoint of a stage says of its origin."""
+        parent = ', '.join(parents(self.stages[name]))
+        return {'stage': name, 'parent': parent, 'tokenizer': self.tokenizer.fingerprint}
 
     def _start(self, name: str, model: Model, optimizer: Any, fresh: bool) -> tuple[State, dict[str, Any]]:
         """The state a stage begins with, and the metadata of the checkpoint it comes from.
@@ -299,13 +340,16 @@ class Run:
             state['optimizer'] = arrays['optimizer']
         return state, metadata
 
+    def _others(self, name: str, fresh: bool = False) -> dict[str, Other]:
+        """The other models a stage names, by role; one checkpoint is read once."""
+        named = {role: address for role, address in self.stages[name].get('models', {}).items() if address}
+        found = {address: self._other(address, fresh) for address in sorted(set(named.values()))}
+        return {role: found[address] for role, address in named.items()}
+
     def _other(self, address: str, fresh: bool) -> Other:
         """The model of another stage, with the variables of its checkpoint."""
-        name, step = split_address(address)
-        model = self._model(name)
-        if fresh:
-            return Other(model, model.init(0, self.mesh))
-        return Other(model, self._restore(name, step, model.shapes(self.mesh))[0])
+        model, at = self._model(address), split_address(address)
+        return Other(model, model.init(0, self.mesh) if fresh else self._restore(*at, model.shapes(self.mesh))[0])
 
     def _restore(
         self, name: str, step: int | None, wanted: dict[str, Any], part: bool = False
@@ -320,13 +364,14 @@ class Run:
 
     def _changes(self, name: str) -> list[list[Any]]:
         """What is different from the parent stage: fields of model and stage, as [field, parent's value, value]."""
-        parent = split_address(self.stages[name]['parent'])[0]
+        parent = split_address(self.stages[name].get('parent', ''))[0]
         if not parent:
             return []
         now = self.record(name)
-        # What made a folder is that one's own affair: only its model can be compared.
-        folder = {'model': self.model_config(parent).to_dict(), 'stage': now['stage']} if is_folder(parent) else None
-        before = folder or self.record(parent)
+        # What made a folder is that one's own affair, and an average has other fields: models can be compared.
+        if is_folder(parent) or not get_kind(self.stages[parent]['kind']).trains:
+            return differences(self.model_config(parent).to_dict(), now['model'], 'model')
+        before = self.record(parent)
         return [
             d
             for field in ('model', 'stage')
@@ -341,7 +386,7 @@ class Run:
         if path.exists():
             results = read_json(path)
         with jax.set_mesh(self.mesh):
-            for evaluation in self.stages[name]['evaluations']:
+            for evaluation in self.stages[name].get('evaluations', ()):
                 if evaluation in results:
                     continue
                 spec = self.config['evaluations'][evaluation]
@@ -349,7 +394,9 @@ class Run:
                 samples = result.pop('samples', [])
                 if is_primary():
                     with (folder / 'samples.jsonl').open('a') as lines:
-                        lines.writelines(json.dumps({'step': self.stages[name]['steps'], **s}) + '\n' for s in samples)
+                        lines.writelines(
+                            json.dumps({'step': self.stages[name].get('steps', 0), **s}) + '\n' for s in samples
+                        )
                 results[evaluation] = result
                 write_json(path, results)
                 say(

@@ -8,20 +8,22 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.chat import render_chat
-from data.committee import Item, Judge, Messages, Vote
+from data.committee import Generator, Item, Judge, Messages, Vote
 from data.endpoint import Endpoint
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Segment
+from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from train.checkpoint import Loaded, load
 from train.sampler import prompt_width, row_keys, sample_tokens
-from train.scoring import Scorer
+from train.scoring import Other, Scorer
 
 ROW_TOKENS = 8192  # about as many are scored in one call,
 PARTS = 8  # in so many parts, of which empty ones cost nothing
@@ -175,3 +177,53 @@ _TYPES: dict[str, Any] = {
     'checkpoint': lambda path, temperature=1.0, max_tokens=256: CheckpointMember(load(path), temperature, max_tokens),
     'endpoint': Endpoint,
 }
+
+
+class Members:
+    """Generators and judges of a stage, each made where it is first asked for.
+
+    Attributes:
+        used: all that were made, by what they are for.
+    """
+
+    def __init__(self, config: Mapping[str, Any], models: Mapping[str, Other], tokenizer: Tokenizer, folder: Path):
+        """
+        Args:
+            config: of the stage: `endpoints`, arguments of `Endpoint` by name; `temperature` and `max_tokens` of
+                generators.
+            models: checkpoints by name; of one name the checkpoint counts.
+            folder: where replies of endpoints are kept that name no cache.
+        """
+        self._config, self._models, self._tokenizer, self._folder = config, models, tokenizer, folder
+        self._endpoints = as_dict(config['endpoints'])
+        self._known = [*self._models, *self._endpoints]
+        self._asked: set[str] = set()
+        self.used: dict[str, Any] = {}
+
+    def generators(self) -> dict[str, Generator]:
+        """All members whose name begins with 'generator'. Raises InputError where there are none."""
+        c = self._config
+        names = [name for name in sorted(self._known) if name.startswith('generator')]
+        if not names:
+            raise InputError('models.generator is empty: expected a stage that answers, or endpoints.generator')
+        return {name: self.member(f'generator {name}', name, c['temperature'], c['max_tokens']) for name in names}
+
+    def member(self, purpose: str, name: str, temperature: float = 1.0, max_tokens: int = 256) -> Any:
+        """The checkpoint or endpoint of that name. An endpoint's own settings come before these."""
+        if name not in self._known:
+            raise InputError(f'{purpose}: no model or endpoint {name!r}{did_you_mean(name, self._known)}')
+        self._asked.add(name)
+        if purpose not in self.used and name in self._models:
+            loaded = Loaded(*self._models[name], self._tokenizer, {}, {})
+            self.used[purpose] = CheckpointMember(loaded, temperature, max_tokens)
+        elif purpose not in self.used:
+            spec = {'cache': str(self._folder / f'{name}.replies.jsonl'), **as_dict(self._endpoints[name])}
+            settings = {'temperature': temperature, 'max_tokens': max_tokens, **as_dict(spec.get('settings', {}))}
+            self.used[purpose] = make_member({**spec, 'type': 'endpoint', 'settings': settings})
+        return self.used[purpose]
+
+    def no_others(self) -> None:
+        """Raises InputError for a member that nothing has asked for."""
+        for name in sorted(set(self._known) - self._asked):
+            wanted = "a name that begins with 'generator', or one that a judge has as its model"
+            raise InputError(f'models.{name}: unknown role: expected {wanted}')

@@ -18,7 +18,7 @@ from train.edges import stage_model
 from train.host import cpu_seconds
 from train.optimizer import make_optimizer
 from train.sampler import pool_size, prompt_width
-from train.stages import batch_shapes, get_kind, stage_objective
+from train.stages import batch_shapes, stage_objective, training_kind
 from train.step import Layout, make_step, optimizer_shapes, trained
 
 
@@ -52,7 +52,7 @@ def compiled_programs(config: Mapping[str, Any], name: str, mesh: jax.sharding.M
         jax.errors.JaxRuntimeError: the compiler refuses.
     """
     stage, model = config['stages'][name], Model(stage_model(config, name))
-    kind, variables = get_kind(stage['kind']), model.shapes(mesh)
+    kind, variables = training_kind(stage), model.shapes(mesh)
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(stage['optimizer'], trained(model.declared['params'], stage['trainable']))
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -29,6 +29,9 @@ KINDS = {
     'trained.',
     'grpo': 'Reinforcement learning with verifiable rewards: the model attempts problems, a program checks the '
     'attempts, and those that beat the average of their group become more likely.',
+    'attempts': 'Writes records: answers to problems, of which judges accept some. Nothing is trained.',
+    'revise': 'Writes records: answers that a model criticised and revised by written principles.',
+    'label': 'Writes records: pairs of answers, and how probably the one is better than the other.',
     'merge': 'Averages the parameters of several checkpoints; nothing is trained.',
 }
 SAMPLES = 6  # shown per stage
@@ -173,10 +176,11 @@ def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> s
     cards = []
     for stage in stages:
         kind = str(stage.get('kind') or '')
-        parents = [stage.get('parent'), *(stage.get('models') or {}).values()]
+        parents = [stage.get('parent'), *(stage.get('models') or {}).values(), *(stage.get('records') or ())]
         origin = ', '.join(dict.fromkeys(str(parent) for parent in parents if parent))
         facts = [
             f'{stage["steps"]:,} steps' if stage.get('steps') else '',
+            f'{stage["report"]["records"]:,} records' if stage.get('report') else '',
             f'{_short(stage["tokens"])} tokens' if stage.get('tokens') else '',
             f'{_short(stage["flops"])} FLOPs' if stage.get('flops') else '',
             _time(stage.get('seconds') or 0),

@@ -1,4 +1,5 @@
-"""What differs between stages. A stage kind is a value: its defaults, its objective and its stream.
+"""What differs between stages. A stage kind is a value: its defaults, its objective and its stream. Some do not train:
+they make records.
 
 Adding a kind is one entry in KINDS (or one call of `register`); the loop does not change.
 """
@@ -15,18 +16,21 @@ import jax
 import numpy as np
 
 from data.errors import InputError, did_you_mean
-from data.mixture import as_dict
+from data.mixture import as_dict, sources_of
 from data.packing import empty_batch
-from data.sources import Source, open_source
+from data.sources import Awaited, Source, open_source
 from data.stream import Prefetch, RowStream, Stream
 from data.tasks import get_task
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.transformer import Model
+from train.make import MAKE, RECORDS, Maker
+from train.members import Members
 from train.objectives import Objective, joined, next_token, regularizers
 from train.pairs import RecordStream
 from train.policy import distillation, policy_gradient
 from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
+from train.recipes import Recipe, attempts, labels, revisions
 from train.rollout import RolloutStream
 from train.scoring import Other, TeacherStream
 from train.signs import LIMITS
@@ -67,17 +71,23 @@ class Kind:
     """A kind of stage.
 
     Attributes:
-        defaults: fields beyond COMMON.
-        objective, stream: how they are made.
+        defaults: fields, of a stage that trains those beyond COMMON.
+        objective, stream: how they are made, of a stage that trains; without them it learns to go on with documents.
         extra: of the stage's config, the arrays its batches hold beyond those of `data.packing.empty_batch`.
         on_policy: whether the stream samples, from `prompts` prompts `samples` answers of up to `max_tokens` tokens.
+        make: how records are made, of a stage that makes some.
     """
 
     defaults: Mapping[str, Any]
-    objective: Callable[[Mapping[str, Any]], Objective]
-    stream: Callable[[Context], Stream]
+    objective: Callable[[Mapping[str, Any]], Objective] = lambda _: next_token()
+    stream: Callable[[Context], Stream] = lambda context: _rows(context, split_documents=True)
     extra: Callable[[Mapping[str, Any]], Shapes] = lambda _: {}
     on_policy: bool = False
+    make: Callable[[Context], Maker] | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.make is None
 
 
 COMMON: dict[str, Any] = {
@@ -115,12 +125,21 @@ COMMON: dict[str, Any] = {
 }
 
 
+def _source(context: Context, name: str, field: str) -> Source:
+    """A source of the run, opened; `field` names it. Of {'type': 'stage', 'name': NAME} it is what that stage wrote."""
+    if name not in context.sources:
+        raise InputError(f'stages.{context.name}.{field}: no source {name!r}{did_you_mean(name, context.sources)}')
+    spec = as_dict(context.sources[name])
+    if spec.get('type') != 'stage':
+        return open_source(spec)
+    assert context.folder is not None
+    records = context.folder.parent / spec['name'] / RECORDS
+    return open_source({'type': 'arrayrecord', 'path': str(records)}) if records.is_dir() else Awaited(spec['name'])
+
+
 def _sources(context: Context) -> dict[str, Source]:
     """The sources that a stage's mixture names, opened."""
-    named = {name for _, weights in context.config['mixture'] for name in as_dict(weights)}
-    for name in named - set(context.sources):
-        raise InputError(f'stages.{context.name}.mixture: no source {name!r}{did_you_mean(name, context.sources)}')
-    return {name: open_source(context.sources[name]) for name in sorted(named)}
+    return {name: _source(context, name, 'mixture') for name in sorted(sources_of(context.config['mixture']))}
 
 
 def _rows(context: Context, split_documents: bool) -> Stream:
@@ -193,6 +212,19 @@ def rollout_stamps(c: Mapping[str, Any]) -> tuple[str, ...]:
     if loss['value_coefficient']:
         names += ['old_value', 'value_target']
     return tuple(names)
+
+
+def _making(recipe: Recipe) -> Callable[[Context], Maker]:
+    def make(context: Context) -> Maker:
+        if jax.process_count() > 1:
+            raise InputError(f'stages.{context.name} makes records: expected one process')
+        assert context.folder is not None
+        c, name = context.config, context.config['source']
+        members = Members(c, context.models, context.tokenizer, context.folder)
+        source = _source(context, name, 'source') if name else None
+        return Maker(c, recipe, members, source, context.stream_seed)
+
+    return make
 
 
 def _arrays(c: Mapping[str, Any], *names: str) -> Shapes:
@@ -285,15 +317,12 @@ def _reinforcement(loss: Mapping[str, Any] | None = None, **fields: Any) -> Kind
 
 
 _VALUE = {'value_head': True}
+_JUDGES: dict[str, Any] = {'samples': 4, 'judges': {}}  # answers a prompt; specs of JUDGES in `train.recipes`, by name
 
 KINDS: dict[str, Kind] = {
-    'pretrain': Kind(_MIXTURE, lambda _: next_token(), lambda context: _rows(context, split_documents=True)),
+    'pretrain': Kind(_MIXTURE),
     # Learning rate to zero without a new warmup (Hu et al. 2024, section 4; OLMo 2, section 4).
-    'midtrain': Kind(
-        {**_MIXTURE, 'optimizer': {'schedule': 'linear', 'warmup': 0.0}},
-        lambda _: next_token(),
-        lambda context: _rows(context, split_documents=True),
-    ),
+    'midtrain': Kind({**_MIXTURE, 'optimizer': {'schedule': 'linear', 'warmup': 0.0}}),
     'sft': Kind(
         {**_TUNING, 'weighting': 'token'},  # or 'example': every record counts the same, however long
         lambda _: next_token(),
@@ -339,6 +368,13 @@ KINDS: dict[str, Kind] = {
         {'clip_high': 0.2, 'value_coefficient': 0.1}, model=_VALUE, algorithm='gae', gae_lambda=0.95, minibatches=4
     ),
     'on_policy_distill': _reinforcement(algorithm='reverse_kl', reward='none'),
+    # What does not train: records by one or several models (see `train.recipes`).
+    'attempts': Kind(
+        {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},
+        make=_making(attempts),
+    ),
+    'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=_making(revisions)),
+    'label': Kind({**MAKE, **_JUDGES, 'principles': ''}, make=_making(labels)),
 }
 
 
@@ -352,6 +388,14 @@ def get_kind(name: str) -> Kind:
     if name not in KINDS:
         raise InputError(f'stage kind {name!r}{did_you_mean(name, KINDS)}')
     return KINDS[name]
+
+
+def training_kind(stage: Mapping[str, Any]) -> Kind:
+    """The kind of a stage that trains, or InputError."""
+    kind = get_kind(stage['kind'])
+    if not kind.trains:
+        raise InputError(f'a stage of kind {stage["kind"]!r} does not train')
+    return kind
 
 
 def stage_objective(stage: Mapping[str, Any], model: ModelConfig) -> Objective:
@@ -377,4 +421,5 @@ def stage_defaults(kind: str) -> dict[str, Any]:
                 both[name] = merged(value, more.get(name, {}))
         return both
 
-    return {**merged(COMMON, get_kind(kind).defaults), 'kind': kind}
+    chosen = get_kind(kind)
+    return {**merged(COMMON if chosen.trains else {}, chosen.defaults), 'kind': kind}
