@@ -78,7 +78,7 @@ def test_files_that_are_missing(command: Command, tmp_path: Path) -> None:
     assert not (tmp_path / 'work').exists()
 
 
-@pytest.mark.parametrize('module', ['train', 'train.evaluate', 'train.generate'])
+@pytest.mark.parametrize('module', ['train', 'train.evaluate', 'train.generate', 'train.synthesize'])
 def test_help(module: str, command: Command) -> None:
     done = command(module, '--help')
     assert done.returncode == 0 and not done.stderr

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from train.edges import check_edges, order, steps_kept
 from train.graph import Run
 from train.make import Maker
 from train.recipes import best
+from train.synthesize import alone
 
 TASK = {'name': 'arithmetic', 'operations': 1, 'digits': 1}
 Settings = Callable[[ConfigDict], Any]
@@ -377,3 +380,45 @@ def test_settings_that_cannot_work_are_refused(kind: str, fields: dict[str, Any]
         Run(configured(settings), trained)('bad')
     assert '\n' not in str(error.value) and str(error.value).startswith('stages.bad')
     assert not (trained / 'bad' / 'config.json').exists()
+
+
+# The command.
+
+
+def test_one_stage_alone_finds_what_it_needs_in_a_run() -> None:
+    config = graph(a='made')
+    with pytest.raises(InputError, match='--stage is missing: made, again of this config makes records'):
+        alone(config, '', 'runs/x')
+    with pytest.raises(InputError, match="no stage 'a' that makes records"):
+        alone(config, 'a', 'runs/x')
+    with pytest.raises(InputError, match="stages.made.models.generator needs stage 'base@8': expected --workdir"):
+        alone(config, 'made', '')
+    found = alone(config, 'again', 'runs/x')
+    assert order(found) == ['again'] and found['stages']['again']['models'] == {'generator': 'runs/x/base'}
+    assert found['sources']['made'] == {'type': 'arrayrecord', 'path': 'runs/x/made/records'}
+    assert config['stages']['again']['models'] == {'generator': 'base'}
+
+
+def test_the_command_writes_records(
+    server: Server, root: Path, one_device: dict[str, str], tmp_path: Path, tokenizer_path: str
+) -> None:
+    server.script = half_right
+    endpoints = {'generator': {'url': server.url, 'model': 'm'}}
+    fields = f"endpoints={endpoints}, task={TASK}, judges={{'right': {{'type': 'verifier'}}}}, prompts=10, samples=2"
+    (tmp_path / 'config.py').write_text(
+        'from tests.small import get_config as small\nfrom configs.base import add_stage\n'
+        f"def get_config():\n    config = small()\n    add_stage(config, 'made', 'attempts', {fields})\n"
+        '    return config\n'
+    )
+    line = [
+        sys.executable,
+        '-m',
+        'train.synthesize',
+        f'--config={tmp_path / "config.py"}',
+        f'--output={tmp_path / "o"}',
+    ]
+    line.append(f'--config.tokenizer.path={tokenizer_path}')
+    done = subprocess.run(line, cwd=root, env=one_device, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert f'records of 20 answers in {tmp_path}/o/made/records' in done.stdout
+    assert len(records(tmp_path / 'o' / 'made')) == read_json(tmp_path / 'o' / 'made' / 'report.json')['records'] > 0
