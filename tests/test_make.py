@@ -1,4 +1,4 @@
-"""Stages that do not train: records by planted generators and judges, interrupted."""
+"""Stages that do not train: records by planted generators and judges, interrupted; averages of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -27,6 +28,7 @@ from train.checkpoint import read_json
 from train.edges import check_edges, order, steps_kept
 from train.graph import Run
 from train.make import Maker
+from train.merge import merge_weights
 from train.recipes import best
 from train.synthesize import alone
 
@@ -288,8 +290,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_tokenizer().save(folder / 'tokenizer')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('train.graph.make_mesh', lambda sizes: one_device())
-        Run(configured(functools.partial(add_tried, name='later')), folder)('pretrain')
+        Run(configured(add_merged), folder)('pretrain')
     return folder
+
+
+def add_merged(config: ConfigDict) -> None:
+    parents = ('pretrain@2', 'pretrain@4', 'pretrain')
+    add_stage(config, 'merged', 'merge', parents=parents, weights=(1.0, 2.0, 3.0))
 
 
 def add_tried(config: ConfigDict, name: str) -> None:
@@ -297,6 +304,7 @@ def add_tried(config: ConfigDict, name: str) -> None:
     models = {'generator': 'pretrain', 'generator_early': 'pretrain@4', 'judge': 'pretrain@2'}
     judges = {'any': {'type': 'likelihood', 'model': 'judge', 'threshold': -100.0}}
     fields = {'models': models, 'judges': judges, 'task': TASK, 'prompts': 5, 'block': 2, 'samples': 4}
+    add_merged(config)
     add_stage(config, name, 'attempts', max_tokens=64, **fields)
 
 
@@ -336,6 +344,60 @@ def test_a_killed_stage_makes_the_same_records(trained: Path, monkeypatch: pytes
     assert max(record['provenance']['prompt'] for record in records(trained / 'whole')) > 1  # numbers of all blocks
 
 
+def test_a_merge_is_the_mean_and_stages_go_on_from_it(trained: Path) -> None:
+    def settings(config: ConfigDict) -> None:
+        add_merged(config)
+        fields = {'steps': 1, 'batch_size': 2, 'sequence_length': 64, 'optimizer': {'name': 'adamw'}}
+        add_stage(config, 'sft', 'sft', parent='merged', mixture=((0.0, {'arithmetic_chat': 1.0}),), **fields)
+
+    run = Run(configured(settings), trained)
+    run('sft')
+    shapes = run._model('pretrain').shapes(run.mesh)
+    parts = [run._restore('pretrain', step, shapes)[0] for step in (2, 4, 6)]
+    merged, metadata = run._restore('merged', None, shapes)
+    leaves = zip(*(jax.tree.leaves(tree) for tree in (merged, *parts)), strict=True)
+    for mean, *some in leaves:
+        expected = np.average(np.array(some, np.float64), axis=0, weights=[1, 2, 3])
+        np.testing.assert_allclose(mean, expected, rtol=1e-6, atol=1e-7 * np.abs(some).max())
+    assert not np.array_equal(np.asarray(some[0]), np.asarray(some[2]))
+    assert metadata['tokens'] == run._restore('pretrain', 6, shapes)[1]['tokens']
+    state = run.begin('sft')[1]
+    for a, b in zip(jax.tree.leaves(state['params']), jax.tree.leaves(merged['params']), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    finished = read_json(trained / 'merged' / 'finished.json')
+    assert (finished['parent'], finished['models']) == (
+        'pretrain@2',
+        {'parent 2': 'pretrain@4', 'parent 3': 'pretrain'},
+    )
+    assert read_json(trained / 'sft' / 'finished.json')['changed'] == []
+
+
+def test_shares_of_a_merge() -> None:
+    three = {'parents': ('a', 'b', 'c'), 'weights': (), 'decay': 1.0}
+    assert merge_weights(three) == pytest.approx([1 / 3] * 3)
+    assert merge_weights({**three, 'decay': 0.5}) == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    assert merge_weights({**three, 'weights': (1, 0, 3)}) == [0.25, 0.0, 0.75]
+    for change, message in (
+        ({'parents': ('a',)}, 'expected the addresses of two checkpoints'),
+        ({'weights': (1, 2)}, 'expected 3 numbers'),
+        ({'weights': (1, -2, 3)}, 'expected 3 numbers of at least 0'),
+        ({'decay': 0.0}, 'decay is 0.0'),
+        ({'decay': 0.5, 'weights': (1, 2, 3)}, 'decay is 0.5'),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge_weights({**three, **change})
+
+
+def test_models_of_two_shapes_are_not_merged(trained: Path) -> None:
+    def settings(config: ConfigDict) -> None:
+        add_stage(config, 'other', 'pretrain', model={'rope_theta': 7.0}, mixture=((0.0, {'arithmetic': 1.0}),))
+        add_merged(config)
+        add_stage(config, 'mixed', 'merge', parents=('pretrain', 'other'))
+
+    with pytest.raises(InputError, match="'pretrain' has model.rope_theta = 500.0, 'other' 7.0: expected"):
+        Run(configured(settings), trained)('mixed')
+
+
 @pytest.mark.parametrize(
     ('kind', 'fields', 'message'),
     [
@@ -370,7 +432,7 @@ def test_settings_that_cannot_work_are_refused(kind: str, fields: dict[str, Any]
         common['judges'] = {'a': {'type': 'verifier'}}
 
     def settings(config: ConfigDict) -> None:
-        add_tried(config, 'later')
+        add_merged(config)
         add_stage(config, 'bad', kind, **{**common, **{k: v for k, v in fields.items() if k != 'models'}})
         config.stages.bad.models.update(fields.get('models', {}))
         if fields.get('judges') == {}:

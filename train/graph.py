@@ -39,6 +39,7 @@ from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
 from train.loop import Plan, train
 from train.make import RECORDS, write_records
+from train.merge import average
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
 from train.stages import Context, get_kind, stage_objective, training_kind
@@ -105,6 +106,8 @@ class Run:
                 checked(self.config['evaluations'][evaluation])
             if kind.make is not None:
                 kind.make(self._context(name, model, others))
+            elif kind.merge is not None:
+                kind.merge(stage)
             if not kind.trains:
                 return
             self._optimizer(name, model)
@@ -238,7 +241,7 @@ class Run:
         write_json(folder / 'config.json', self.record(name))
 
         kind = get_kind(stage['kind'])
-        work = self._make if kind.make else self._train
+        work = self._make if kind.make else self._merge if kind.merge else self._train
         facts = work(name)
         first, *more = parents(stage) or ['']
         models = {role: address for role, address in stage.get('models', {}).items() if address}
@@ -279,6 +282,29 @@ class Run:
         records, answers = (facts['report'][name] for name in ('records', 'answers'))
         say(f'{name}: {records} records of {answers} answers in {self.workdir / name / RECORDS}')
         return {**facts, 'evaluations': {}}
+
+    def _merge(self, name: str) -> dict[str, Any]:
+        """Averages a stage's parents, saves that as step 0 and evaluates it. It cost so far what the costliest did."""
+        stage, model, merge = (
+            self.stages[name],
+            Model(self.model_config(name)),
+            get_kind(self.stages[name]['kind']).merge,
+        )
+        assert merge is not None
+        shapes, spent = model.shapes(self.mesh), dict.fromkeys(('tokens', 'flops'), 0)
+
+        def read(number: int) -> Variables:
+            arrays, metadata = self._restore(*split_address(stage['parents'][number]), shapes)
+            spent.update({total: max(spent[total], metadata.get(total, 0)) for total in spent})
+            return arrays
+
+        with jax.set_mesh(self.mesh):
+            variables = average(merge(stage), read)
+        checkpoints = Checkpoints(self.workdir / name / 'checkpoints')
+        checkpoints.save(0, {**variables, 'optimizer': {}}, {}, {**self._metadata(name), **spent})
+        checkpoints.close()
+        evaluations = self._evaluate(name, model, variables)
+        return {'tokens': 0, 'flops': 0.0, 'parameters': model.parameter_counts, 'evaluations': evaluations}
 
     def begin(self, name: str, fresh: bool = False) -> tuple[Plan, State]:
         """What the loop needs to run a stage, and the state it begins with.

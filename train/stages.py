@@ -1,5 +1,5 @@
 """What differs between stages. A stage kind is a value: its defaults, its objective and its stream. Some do not train:
-they make records.
+they make records, or merge checkpoints.
 
 Adding a kind is one entry in KINDS (or one call of `register`); the loop does not change.
 """
@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from model.transformer import Model
 from train.make import MAKE, RECORDS, Maker
 from train.members import Members
+from train.merge import merge_weights
 from train.objectives import Objective, joined, next_token, regularizers
 from train.pairs import RecordStream
 from train.policy import distillation, policy_gradient
@@ -76,6 +77,7 @@ class Kind:
         extra: of the stage's config, the arrays its batches hold beyond those of `data.packing.empty_batch`.
         on_policy: whether the stream samples, from `prompts` prompts `samples` answers of up to `max_tokens` tokens.
         make: how records are made, of a stage that makes some.
+        merge: of the stage's config, the weights of the checkpoints in `parents`, of a stage that averages them.
     """
 
     defaults: Mapping[str, Any]
@@ -84,10 +86,11 @@ class Kind:
     extra: Callable[[Mapping[str, Any]], Shapes] = lambda _: {}
     on_policy: bool = False
     make: Callable[[Context], Maker] | None = None
+    merge: Callable[[Mapping[str, Any]], list[float]] | None = None
 
     @property
     def trains(self) -> bool:
-        return self.make is None
+        return self.make is None and self.merge is None
 
 
 COMMON: dict[str, Any] = {
@@ -368,13 +371,14 @@ KINDS: dict[str, Kind] = {
         {'clip_high': 0.2, 'value_coefficient': 0.1}, model=_VALUE, algorithm='gae', gae_lambda=0.95, minibatches=4
     ),
     'on_policy_distill': _reinforcement(algorithm='reverse_kl', reward='none'),
-    # What does not train: records by one or several models (see `train.recipes`).
+    # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},
         make=_making(attempts),
     ),
     'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=_making(revisions)),
     'label': Kind({**MAKE, **_JUDGES, 'principles': ''}, make=_making(labels)),
+    'merge': Kind({'parents': (), 'weights': (), 'decay': 1.0, 'evaluations': ()}, merge=merge_weights),
 }
 
 
