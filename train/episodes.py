@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -58,22 +58,33 @@ def play(
     as it allows; answers that did not end by themselves end there.
     """
     starts = [chat_prompt(prompt, tokenizer) for prompt in prompts]
-    games = [
-        _Game(task, prompt, start, completion, tokenizer)
-        for task, prompt, start, group in zip(tasks, prompts, starts, sample(starts, keys), strict=True)
-        for completion in group
-    ]
+    posed: list[tuple[Task, Prompt, Exchange]] = []
+    for task, prompt, start, group in zip(tasks, prompts, starts, sample(starts, keys), strict=True):
+        for completion in group:
+            posed.append((task, prompt, Exchange(prompt, start, tokenizer)))
+            posed[-1][2].hear(completion)
     flat, turn = keys.reshape(-1), 1
-    while going := [i for i, game in enumerate(games) if game.answer()]:
-        # As many rows as a power of two, so that few programs are compiled.
-        rows = going + going[-1:] * (2 ** (len(going) - 1).bit_length() - len(going))
-        fresh = jax.vmap(lambda key, turn=turn: jax.random.fold_in(key, turn))(flat[np.array(rows)])
-        said = sample([games[i].heard for i in rows], fresh[:, None])
-        for i, (completion,) in zip(going, said, strict=False):
-            games[i].hear(completion)
+    going = dict(enumerate(posed))
+    while going := {i: one for i, one in going.items() if _answered(*one)}:
+        speak(sample, {i: exchange for i, (_, _, exchange) in going.items()}, flat, turn)
         turn += 1
-    episodes, samples = in_threads(_Game.episode, games), keys.shape[1]
-    return [episodes[i : i + samples] for i in range(0, len(games), samples)]
+    episodes, samples = in_threads(lambda one: _judged(*one), posed), keys.shape[1]
+    return [episodes[i : i + samples] for i in range(0, len(posed), samples)]
+
+
+def speak(sample: Sample, exchanges: Mapping[int, Exchange], keys: jax.Array, turn: int) -> None:
+    """Lets the model speak in each of some exchanges, by their numbers among all; `keys`, of all, are folded with the
+    turn."""
+    rows = padded(list(exchanges))
+    fresh = jax.vmap(lambda key: jax.random.fold_in(key, turn))(keys[np.array(rows)])
+    said = sample([exchanges[i].heard for i in rows], fresh[:, None])
+    for exchange, (completion,) in zip(exchanges.values(), said, strict=False):
+        exchange.hear(completion)
+
+
+def padded(items: Sequence[Item]) -> list[Item]:
+    """As many as a power of two, the last one repeated, so that few programs are compiled."""
+    return [*items, *[items[-1]] * (2 ** (len(items) - 1).bit_length() - len(items))]
 
 
 def in_threads(judge: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -82,46 +93,30 @@ def in_threads(judge: Callable[[Item], Result], items: Sequence[Item]) -> list[R
         return list(pool.map(judge, items))
 
 
-class _Game:
-    """One problem under way."""
+class Exchange:
+    """What was said of one problem so far, as one who takes part in it reads and writes it."""
 
-    def __init__(self, task: Task, prompt: Prompt, start: list[int], completion: Completion, tokenizer: Tokenizer):
-        self._task, self._prompt, self._tokenizer = task, prompt, tokenizer
-        self._start = start
+    def __init__(self, prompt: Prompt, start: list[int], tokenizer: Tokenizer):
+        """`start` is the prompt's `chat_prompt`."""
+        self._tokenizer, self._start = tokenizer, start
         self._messages: list[dict[str, Any]] = [{'role': 'user', 'content': prompt.text}]
-        self._transcript: list[Turn] = []
+        self.transcript: list[Turn] = []
         self._tokens: list[int] = []
         self._learnt: list[bool] = []
         self._logprobs: list[float] = []
-        self.hear(completion)
 
     def hear(self, completion: Completion) -> None:
         """Takes down what the model said."""
-        self._last = completion
+        self.last = completion
         self._tokens += completion.tokens
         self._learnt += [True] * len(completion.tokens)
         self._logprobs += completion.logprobs
-        self._transcript.append(Turn('assistant', completion.text))
+        self.transcript.append(Turn('assistant', completion.text))
         self._messages.append({'role': 'assistant', 'content': completion.text})
 
-    @property
-    def heard(self) -> list[int]:
-        """All that the model has to read before it speaks again."""
-        return self._start + self._tokens
-
-    def answer(self) -> bool:
-        """Lets the environment reply; whether the model is to speak again."""
-        task = self._task
-        if not isinstance(task, Environment) or not self._last.stopped:
-            return False
-        if sum(turn.role == 'assistant' for turn in self._transcript) >= task.turns:
-            return False
-        if self._transcript[-1].role != 'assistant':
-            return False
-        reply = task.reply(self._prompt, self._transcript)
-        if reply.done:
-            return False
-        self._transcript.append(reply)
+    def tell(self, reply: Turn) -> None:
+        """Takes down what somebody else said, which is not to be learnt."""
+        self.transcript.append(reply)
         before, _ = render_chat(self._messages, self._tokenizer)
         self._messages.append({'role': reply.role, 'content': reply.text})
         after, _ = render_chat(self._messages, self._tokenizer, add_generation_prompt=True)
@@ -129,22 +124,43 @@ class _Game:
             raise InputError('chat template: it rewrites what was said before; expected one that only appends')
         self._tokens += after[len(before) :]
         self._learnt += [False] * (len(after) - len(before))
-        return True
 
-    def episode(self) -> Episode:
+    @property
+    def heard(self) -> list[int]:
+        """All that the model has to read before it speaks again."""
+        return self._start + self._tokens
+
+    @property
+    def turns(self) -> int:
+        """How often the model spoke."""
+        return sum(turn.role == 'assistant' for turn in self.transcript)
+
+    def episode(self, verdict: Verdict) -> Episode:
         """What came of it."""
-        if isinstance(self._task, Environment):
-            verdict = self._task.judge(self._prompt, self._transcript)
-        else:
-            verdict = self._task.verify(self._prompt, self._last.text)
         return Episode(
             self._start,
             self._tokens,
             self._learnt,
             self._logprobs,
-            self._last.text,
-            self._last.stopped,
+            self.last.text,
+            self.last.stopped,
             verdict,
-            sum(turn.role == 'assistant' for turn in self._transcript),
-            self._last.expert_ids,
+            self.turns,
+            self.last.expert_ids,
         )
+
+
+def _answered(task: Task, prompt: Prompt, exchange: Exchange) -> bool:
+    """Lets the environment reply, where there is one; whether the model is to speak again."""
+    if not isinstance(task, Environment) or not exchange.last.stopped or exchange.turns >= task.turns:
+        return False
+    reply = task.reply(prompt, exchange.transcript)
+    if not reply.done:
+        exchange.tell(reply)
+    return not reply.done
+
+
+def _judged(task: Task, prompt: Prompt, exchange: Exchange) -> Episode:
+    if isinstance(task, Environment):
+        return exchange.episode(task.judge(prompt, exchange.transcript))
+    return exchange.episode(task.verify(prompt, exchange.last.text))
