@@ -34,6 +34,8 @@ OPTIONS = [
     ('code', {'level': (3, 4), 'examples': 3}),
     ('calculator', {}),
     ('sudoku_moves', {}),
+    ('nim', {}),
+    ('nim', {'heaps': 4, 'most': 7, 'goal': 'legal'}),
     ('proof', {}),
     ('proof', {'steps': 1, 'distractors': 0}),
     ('proof', {'steps': 8, 'distractors': 3}),
@@ -154,6 +156,8 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('pairs must be', 'needle', {'pairs': (8, 1000)}),
         ('level must be', 'code', {'level': 7}),
         ('examples must be', 'code', {'examples': 0}),
+        ("goal is 'wine'; did you mean 'win'", 'nim', {'goal': 'wine'}),
+        ('most must be', 'nim', {'most': 10}),
     ]:
         with pytest.raises(InputError, match=message):
             get_task(name, **options)

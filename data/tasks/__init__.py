@@ -20,6 +20,7 @@ HELDOUT_ONE_IN = 10
 MAX_DRAWS = 10_000  # before an option set is declared to have no problem in the split
 BLANK = ' \t\r\n'
 ANSWER = 'Answer:'
+ILLEGAL = 'an illegal move'
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,27 @@ class Environment(Protocol):
     def reply(self, prompt: Prompt, transcript: Sequence[Turn]) -> Turn: ...
 
     def judge(self, prompt: Prompt, transcript: Sequence[Turn]) -> Verdict: ...
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
+
+
+@runtime_checkable
+class Game(Protocol):
+    """A task for two sides, both played by models, which move in turn, the first side first.
+
+    A move is a turn's whole text; one that did not end by itself is given as '', which is no legal move anywhere. An
+    illegal move ends the game, lost by its side, with reason ILLEGAL. Both methods are pure functions, as above.
+    """
+
+    name: ClassVar[str]
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def show(self, prompt: Prompt, moves: Sequence[str]) -> Turn:
+        """What the side to move is told of the position; `done` when the game is over."""
+
+    def judge(self, prompt: Prompt, moves: Sequence[str]) -> tuple[Verdict, Verdict]:
+        """Verdicts on the first side and on the second: 1 and 0, 0 and 1, or 0.5 each; outcomes +1, 0, -1 as scores."""
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.tasks import Prompt, Turn, Verdict, register
+from data.tasks import ILLEGAL, Prompt, Turn, Verdict, register
 from data.tasks.sudoku import Sudoku
 
 MOVE = re.compile(r'row ([1-9]) column ([1-9]): ([1-9])')
@@ -36,7 +36,7 @@ class SudokuMoves(Sudoku):
         rows, over = self._played(prompt, transcript)
         blanks, left = (''.join(grid).count('.') for grid in (prompt.info['rows'], rows))
         share = 1 - left / blanks
-        reason = 'an illegal move' if over else f'{left} blanks left' if left else ''
+        reason = ILLEGAL if over else f'{left} blanks left' if left else ''
         return Verdict(share if self.partial or share == 1.0 else 0.0, reason=reason)
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict:
