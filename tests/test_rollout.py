@@ -249,7 +249,7 @@ def test_steps_pose_new_problems_and_a_step_repeats_itself() -> None:
     [
         ('reward', 'verifer', "reward is 'verifer'; did you mean 'verifier'"),
         ('algorithm', 'gpro', "algorithm is 'gpro'; did you mean 'grpo'"),
-        ('batch_size', ROWS - 1, 'batch_size is 23: expected at least prompts'),
+        ('batch_size', ROWS - 1, 'batch_size is 23: expected at least 24'),
     ],
 )
 def test_settings_that_cannot_work_are_refused(field: str, value: Any, message: str) -> None:

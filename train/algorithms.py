@@ -54,17 +54,18 @@ Groups = Sequence[Sequence[Trajectory]]
 Algorithm = Callable[[Groups, Mapping[str, Any]], None]
 
 
-def returns(groups: Groups) -> Array:
-    """float [groups, samples]: what each answer earned in all."""
-    return np.array([[t.rewards.sum() for t in group] for group in groups])
+def returns(group: Sequence[Trajectory]) -> Array:
+    """float [answers]: what each answer of a group earned in all."""
+    return np.array([t.rewards.sum() for t in group])
 
 
 def per_answer(advantage: Callable[[Array], Array]) -> Algorithm:
-    """An algorithm that gives all tokens of an answer one advantage, a function of `returns`."""
+    """An algorithm that gives all tokens of an answer one advantage, a function of the `returns` [1, answers] of its
+    group: groups may be of different sizes."""
 
     def algorithm(groups: Groups, _: Mapping[str, Any]) -> None:
-        for group, values in zip(groups, advantage(returns(groups)) if groups else (), strict=True):
-            for trajectory, value in zip(group, values, strict=True):
+        for group in groups:
+            for trajectory, value in zip(group, advantage(returns(group)[None])[0], strict=True):
                 trajectory.stamps['advantage'] = np.full(trajectory.count, value)
 
     return algorithm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,12 +14,12 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Batch, Segment, empty_batch, pack
 from data.stream import State
-from data.tasks import Task
+from data.tasks import Prompt, Task
 from data.tokenizer import Tokenizer
 from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
 from train.curriculum import Levels
-from train.episodes import Episode, play
+from train.episodes import Episode, Sample, play
 from train.host import say
 from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
@@ -28,6 +28,32 @@ from train.signs import alarms, signs
 
 STAMPS = ('old_logprob', 'reference_logprob', 'old_value', 'value_target')  # beyond advantage and behavior_logprob
 WEIGHTS = ('token', 'answer', 'constant')
+
+
+class Problem(NamedTuple):
+    """A problem to be answered: its number, its level of difficulty, the task, and what is asked."""
+
+    number: int
+    level: int
+    task: Task
+    prompt: Prompt
+
+
+@dataclasses.dataclass
+class Drawn:
+    """What was sampled for some problems.
+
+    Attributes:
+        groups: trajectories that are compared with each other; episodes: all that they came from.
+        example: one of them, to be looked at; metrics: what they show.
+        read: tokens that models have read, those that they wrote themselves included.
+    """
+
+    groups: list[list[Trajectory]]
+    episodes: list[Episode]
+    example: dict[str, Any]
+    metrics: dict[str, float]
+    read: int
 
 
 class RolloutStream:
@@ -62,11 +88,11 @@ class RolloutStream:
         for field, known in (('reward', REWARDS), ('algorithm', ALGORITHMS), ('weighting', WEIGHTS)):
             if c[field] not in known:
                 raise InputError(f'{field} is {c[field]!r}{did_you_mean(c[field], known)}')
-        answers = c['prompts'] * c['samples']
-        if c['batch_size'] < -(-answers // c['minibatches']):
+        rows = -(-self.most(c) // c['minibatches'])
+        if c['batch_size'] < rows:
             raise InputError(
-                f'batch_size is {c["batch_size"]}: expected at least prompts * samples / minibatches = '
-                f'{-(-answers // c["minibatches"])}, so that answers of any length fit'
+                f'batch_size is {c["batch_size"]}: expected at least {rows}, as many as answers in one of '
+                f'{c["minibatches"]} minibatches, so that answers of any length fit'
             )
         self._model, self._tokenizer, self._config, self._seed = model, tokenizer, config, seed
         self._others, self._stamps = dict(others or {}), tuple(stamps)
@@ -82,6 +108,11 @@ class RolloutStream:
         self._raised = 0  # alarms of the last rollout
         self._kl_coefficient = float(c['kl_reward'])
         self._waiting: list[list[Trajectory]] = []  # minibatches of the last rollout that are still to come
+
+    @staticmethod
+    def most(c: Mapping[str, Any]) -> int:
+        """Answers that a rollout can have."""
+        return int(c['prompts'] * c['samples'])
 
     def next(self, step: int, variables: Any = None) -> tuple[Batch, State]:
         """The batch of `step`; where it is the first of a rollout, sampled by `variables`. The state after it holds
@@ -112,31 +143,26 @@ class RolloutStream:
         """
         c = self._config
         kept: list[list[Trajectory]] = []
-        seen: list[list[Trajectory]] = []
-        sampled: list[Episode] = []
-        observed: list[dict[str, float]] = []
+        drawn: list[Drawn] = []
         for _ in range(1 + c['refills']):
-            groups, episodes, example, metrics = self._draw(variables)
-            sampled += episodes
-            observed.append(metrics)
-            seen += groups
-            earned = returns(groups)
-            uneven = earned.max(1) > earned.min(1)
-            kept += [group for group, keep in zip(groups, uneven, strict=True) if keep or not c['refills']]
+            drawn.append(self._draw(variables))
+            kept += [group for group in drawn[-1].groups if not c['refills'] or np.ptp(returns(group))]
             if len(kept) >= c['prompts']:
                 break
-        kept = kept[: c['prompts']]
+        if c['refills']:
+            kept = kept[: c['prompts']]
         passes = self._score(kept, variables)
-        earned = returns(seen)
-        metrics = {name: float(np.mean([some[name] for some in observed])) for name in observed[0]}
+        earned = [returns(group) for some in drawn for group in some.groups]
+        sampled = [e for some in drawn for e in some.episodes]
+        metrics = {name: float(np.mean([some.metrics[name] for some in drawn])) for name in drawn[0].metrics}
         metrics |= self._with_kl(kept)
         ALGORITHMS[c['algorithm']](kept, c)
         tokens = sum(len(e.logprobs) for e in sampled)
-        read = sum(len(group[0].prompt) for group in seen) + sum(len(e.tokens) for e in sampled)
         metrics |= {
-            'reward/mean': float(earned.mean()),
-            'reward/equal_groups': float((earned.max(1) == earned.min(1)).mean()),
+            'reward/mean': float(np.concatenate(earned).mean()),
+            'reward/equal_groups': float(np.mean([not np.ptp(group) for group in earned])),
             'rollout/answer_tokens': tokens / len(sampled),
+            'rollout/sampled_tokens': float(tokens),
             'rollout/stopped': float(np.mean([e.stopped for e in sampled])),
             **self._levels.metrics(),
         }
@@ -146,22 +172,35 @@ class RolloutStream:
             say(f'alarm: {line}')
         self._raised = len(raised)
         if c['refills']:
-            metrics['rollout/problems'] = float(len(seen))
-        flops = (read + passes) * self._model.flops_per_token(c['sequence_length'], backward=False)
-        return kept, {'flops': flops, 'metrics': metrics, 'sampled': tokens, 'sample': example}
+            metrics['rollout/problems'] = float(len(earned))
+        read = passes + sum(some.read for some in drawn)
+        flops = read * self._model.flops_per_token(c['sequence_length'], backward=False)
+        return kept, {'flops': flops, 'metrics': metrics, 'sampled': tokens, 'sample': drawn[-1].example}
 
-    def _draw(self, variables: Any) -> tuple[list[list[Trajectory]], list[Episode], dict[str, Any], dict[str, float]]:
-        """Answers to the next `prompts` problems, rewarded; the first of them, to be looked at; and what they show."""
-        c = self._config
-        numbers = range(self._position, self._position + c['prompts'])
+    def _draw(self, variables: Any) -> Drawn:
+        """Answers to the next `prompts` problems."""
+        problems = self._pose()
+        keys = row_keys(self._seed, [p.number for p in problems], self._config['samples'])
+        sample = self._sampler(self._model, variables)
+        tasks, prompts = [p.task for p in problems], [p.prompt for p in problems]
+        return self._judged(problems, play(tasks, prompts, self._tokenizer, sample, keys))
+
+    def _pose(self) -> list[Problem]:
+        """The next `prompts` problems."""
+        numbers = range(self._position, self._position + self._config['prompts'])
         self._position = numbers.stop
         levels = [self._levels.choose(number) for number in numbers]
         tasks = [self._levels.tasks[level] for level in levels]
         prompts = [task.prompt(number) for task, number in zip(tasks, numbers, strict=True)]
+        return [Problem(*fields) for fields in zip(numbers, levels, tasks, prompts, strict=True)]
+
+    def _sampler(self, model: Model, variables: Any) -> Sample:
+        """Answers of a model, as the stage wants them."""
+        c = self._config
 
         def sample(tokens: list[list[int]], keys: jax.Array) -> list[list[Completion]]:
             return sample_tokens(
-                self._model,
+                model,
                 variables,
                 self._tokenizer,
                 tokens,
@@ -172,23 +211,27 @@ class RolloutStream:
                 experts=c['replay_experts'],
             )
 
-        keys = row_keys(self._seed, numbers, c['samples'])
-        episodes = play(tasks, prompts, self._tokenizer, sample, keys)
+        return sample
+
+    def _judged(self, problems: Sequence[Problem], episodes: Sequence[Sequence[Episode]]) -> Drawn:
+        """A group of trajectories for each problem, rewarded, and what they show."""
         groups = []
         everything: list[Answer] = []
         earned: list[float] = []
-        for number, level, task, prompt, group in zip(numbers, levels, tasks, prompts, episodes, strict=True):
-            answers = [Answer(task, prompt, e.verdict, e.text, s, e.stopped) for s, e in enumerate(group)]
-            rewards = [REWARDS[c['reward']](answer) for answer in answers]
-            self._levels.record(level, rewards)
+        for p, group in zip(problems, episodes, strict=True):
+            answers = [Answer(p.task, p.prompt, e.verdict, e.text, s, e.stopped) for s, e in enumerate(group)]
+            rewards = [REWARDS[self._config['reward']](answer) for answer in answers]
+            self._levels.record(p.level, rewards)
             everything += answers
             earned += rewards
-            groups.append([self._rewarded(e, number, s, rewards[s]) for s, e in enumerate(group)])
-        first = episodes[0][0]
-        example = {'prompt': prompts[0].text, 'completion': first.text, 'score': float(groups[0][0].rewards.sum())}
+            groups.append([self._rewarded(e, p.number, s, rewards[s]) for s, e in enumerate(group)])
+        score = float(groups[0][0].rewards.sum())
+        example = {'prompt': problems[0].prompt.text, 'completion': episodes[0][0].text, 'score': score}
         flat = [e for group in episodes for e in group]
-        strict = [self._strict[level] for level in levels for _ in range(c['samples'])]
-        return groups, flat, example, signs(everything, earned, [e.said for e in flat], strict)
+        strict = [self._strict[p.level] for p, group in zip(problems, episodes, strict=True) for _ in group]
+        metrics = signs(everything, earned, [e.said for e in flat], strict)
+        read = sum(len(group[0].prompt) for group in episodes) + sum(len(e.tokens) for e in flat)
+        return Drawn(groups, flat, example, metrics, read)
 
     def _rewarded(self, e: Episode, group: int, sample: int, reward: float) -> Trajectory:
         """An answer with its rewards: what it earned on its last token, and before that the scores of its steps."""
