@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import players  # noqa: F401  (registers a game)
 import pytest
 from ml_collections import ConfigDict
 from small import get_config, one_device
@@ -34,6 +35,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     'reward_model': {},
     'process_reward_model': {},
 }
+LONGER = {'sequence_length': 128}
 SAMPLED: dict[str, dict[str, Any]] = {
     'grpo': {'models': {'reference': 'sft'}, 'loss': {'kl_coefficient': 0.1}, 'replay_experts': True},
     'dr_grpo': {},
@@ -44,6 +46,8 @@ SAMPLED: dict[str, dict[str, Any]] = {
     'reinforce_plus_plus': {'models': {'reference': 'sft'}, 'kl_reward': 0.05, 'kl_target': 0.1},
     'ppo': {'loss': {'importance': 'truncate'}, 'minibatches': 2, 'epochs': 2},
     'on_policy_distill': {'models': {'teacher': 'pretrain'}},
+    # Saved at every step: the pool is read back from what the stage has saved itself.
+    'self_play': {'task': {'name': 'parity'}, 'opponent_share': 0.7, 'save_every': 1, 'batch_size': 32, **LONGER},
 }
 
 
@@ -67,7 +71,7 @@ def with_methods(folder: Path, names: tuple[str, ...], prefix: str = 'a') -> Con
             own = {'batch_size': 16, 'microbatches': 2, 'prompts': 4, 'samples': 4, 'max_tokens': 8, 'task': task}
             # A model that knows nothing earns nothing: throw coins, and something is there to be learnt.
             own |= {'reward': KINDS[kind].defaults['reward'].replace('verifier', 'random'), **SAMPLED[kind]}
-        add_stage(config, f'{prefix}_{kind}', kind, **common, **own)
+        add_stage(config, f'{prefix}_{kind}', kind, **{**common, **own})
     return config
 
 

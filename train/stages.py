@@ -7,6 +7,7 @@ Adding a kind is one entry in KINDS (or one call of `register`); the loop does n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky,
 from train.recipes import Recipe, attempts, labels, revisions
 from train.rollout import RolloutStream
 from train.scoring import Other, TeacherStream
+from train.self_play import SelfPlayStream
 from train.signs import LIMITS
 from train.step import Layout
 
@@ -188,7 +190,7 @@ def _distilled(context: Context) -> Stream:
     return TeacherStream(_rows(context, split_documents=False), teacher, context.config, context.layout)
 
 
-def _rollouts(context: Context) -> Stream:
+def _rollouts(context: Context, stream: Callable[..., Stream] = RolloutStream) -> Stream:
     c = context.config
     if c['loss']['kl_coefficient'] or c['kl_reward']:
         _needs(context, 'reference', 'a penalty on the KL')
@@ -200,9 +202,13 @@ def _rollouts(context: Context) -> Stream:
     tasks = [get_task(name, split='train', **{**options, **as_dict(level)}) for level in levels]
     harder = as_dict(c['strict'])
     strict = [get_task(name, split='train', **{**options, **as_dict(x), **harder}) for x in levels] if harder else []
-    return RolloutStream(
+    return stream(
         context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c), strict
     )
+
+
+def _games(context: Context) -> Stream:
+    return _rollouts(context, functools.partial(SelfPlayStream, folder=context.folder))
 
 
 def rollout_stamps(c: Mapping[str, Any]) -> tuple[str, ...]:
@@ -255,6 +261,7 @@ def _teacher_arrays(c: Mapping[str, Any]) -> Shapes:
 _MIXTURE: dict[str, Any] = {'mixture': ()}
 _TUNING: dict[str, Any] = {**_MIXTURE, 'optimizer': {'schedule': 'linear'}}
 _RECORDS: dict[str, Any] = {**_TUNING, 'records': 16}  # a step
+_OTHERS = {'reference': '', 'reward': '', 'teacher': ''}  # models that a stage may name that samples
 
 
 def _preference(variant: str, beta: float, **loss: Any) -> Kind:
@@ -272,10 +279,14 @@ def _preference(variant: str, beta: float, **loss: Any) -> Kind:
     )
 
 
-def _reinforcement(loss: Mapping[str, Any] | None = None, **fields: Any) -> Kind:
+def _reinforcement(
+    loss: Mapping[str, Any] | None = None,
+    stream: Callable[[Context], Stream] = _rollouts,
+    **fields: Any,
+) -> Kind:
     """A stage that learns from its own answers. Each method is a choice among these fields."""
     defaults = {
-        'models': {'reference': '', 'reward': '', 'teacher': ''},
+        'models': _OTHERS,
         'task': {'name': ''},
         'levels': (),  # options of the task, one mapping a level of difficulty, which `curriculum` chooses from
         'curriculum': 'uniform',  # or 'solve_rate'
@@ -316,7 +327,7 @@ def _reinforcement(loss: Mapping[str, Any] | None = None, **fields: Any) -> Kind
             **(loss or {}),
         },
     }
-    return Kind(defaults, lambda c: policy_gradient(c['loss']), _rollouts, extra=_rollout_arrays, on_policy=True)
+    return Kind(defaults, lambda c: policy_gradient(c['loss']), stream, extra=_rollout_arrays, on_policy=True)
 
 
 _VALUE = {'value_head': True}
@@ -371,6 +382,10 @@ KINDS: dict[str, Kind] = {
         {'clip_high': 0.2, 'value_coefficient': 0.1}, model=_VALUE, algorithm='gae', gae_lambda=0.95, minibatches=4
     ),
     'on_policy_distill': _reinforcement(algorithm='reverse_kl', reward='none'),
+    # Two sides of a game, against itself or against opponents: `models.opponent...` and its own last `pool` saves.
+    'self_play': _reinforcement(
+        stream=_games, models={**_OTHERS, 'opponent': ''}, algorithm='dr_grpo', opponent_share=0.5, pool=2, keep=3
+    ),
     # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},
