@@ -6,11 +6,13 @@ From the command line: python -m train.evaluate --checkpoint=DIR/STAGE --tasks=N
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import lzma
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,13 +23,14 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.preferences import pair_segments
 from data.sources import Source, open_source
-from data.tasks import Prompt, Task, get_task, task_names
+from data.tasks import Game, Prompt, Task, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
-from train.checkpoint import load
+from train.checkpoint import load, split_address
 from train.command import command
-from train.episodes import in_threads, play
+from train.elo import opponents, standing, tournament
+from train.episodes import Sample, in_threads, play
 from train.host import fetch, prepare
 from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 from train.scoring import Scorer
@@ -52,33 +55,53 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     'text': {'source': {}, 'length': 256, 'documents': 0},
     # Share of pairs whose better answer a model puts first: by its value head, or else by log-probability a token.
     'pairs': {'source': {}, 'items': 256},
+    # Strength in a game, from held-out starts, beside opponents: stages of the run (NAME or NAME@STEP) or paths; with
+    # `every`, all checkpoints of these stages at multiples of so many steps. The first one has Elo 0.
+    'elo': {
+        'task': {},
+        'opponents': (),
+        'every': 0,
+        'items': 64,
+        'samples': 1,
+        'temperature': 1.0,
+        'max_tokens': 16,
+    },
     # Share of answers to chat questions that the stop token ended.
     'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
 }
 
 
 def evaluate(
-    model: Model, variables: Variables, tokenizer: Tokenizer, evaluation: Mapping[str, Any], seed: int = 0
+    model: Model,
+    variables: Variables,
+    tokenizer: Tokenizer,
+    evaluation: Mapping[str, Any],
+    seed: int = 0,
+    workdir: Path | None = None,
 ) -> Result:
-    """Runs one evaluation, a mapping with a `type` of DEFAULTS and its fields.
+    """Runs one evaluation, a mapping with a `type` of DEFAULTS and its fields; `workdir` is where it looks for stages.
 
     Returns metric, value, low, high, items, unit, direction ('higher' or 'lower' is better) and details.
 
     Raises:
-        InputError: see `checked`.
+        InputError: see `checked`; opponents that are not there.
     """
     spec = checked(evaluation)
-    run = {'task': _evaluate_task, 'text': _evaluate_text, 'stopped': _evaluate_stopped, 'pairs': _evaluate_pairs}[
-        spec['type']
-    ]
-    return run(model, variables, tokenizer, spec, seed)
+    run: dict[str, Callable[..., Result]] = {
+        'task': _evaluate_task,
+        'text': _evaluate_text,
+        'stopped': _evaluate_stopped,
+        'pairs': _evaluate_pairs,
+        'elo': functools.partial(_evaluate_elo, workdir or Path()),
+    }
+    return run[spec['type']](model, variables, tokenizer, spec, seed)
 
 
-def checked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation with all its fields.
+def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None) -> dict[str, Any]:
+    """An evaluation with all its fields; `stages` are those that a run has.
 
     Raises:
-        InputError: an unknown type, field or task; a source that cannot be opened.
+        InputError: an unknown type, field or task; a source that cannot be opened; opponents that no stage will be.
     """
     spec = as_dict(evaluation)
     kind = spec.get('type')
@@ -89,7 +112,12 @@ def checked(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise InputError(f'evaluation {kind}: no field {name!r}{did_you_mean(name, known)}')
     spec = {**known, **spec}
-    if kind == 'task':
+    if kind == 'elo' and (not isinstance(_heldout(spec), Game) or not spec['opponents']):
+        raise InputError('evaluation elo: expected a game as task, such as nim, and opponents')
+    for name in (split_address(address)[0] for address in spec.get('opponents', ())):
+        if stages is not None and '/' not in name and name not in stages:
+            raise InputError(f'evaluation elo: opponents: no stage {name!r}{did_you_mean(name, stages)}')
+    if 'task' in spec:
         _heldout(spec)
     else:
         open_source(spec['source'])
@@ -134,15 +162,26 @@ def _share(metric: str, values: np.ndarray, details: dict[str, Any]) -> Result:
     }
 
 
-def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
-    task = _heldout(spec)
-    prompts = _problems(task, spec['items'])
-    n = spec['samples']
+def _sampler(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any]) -> Sample:
+    """Answers of a model, as an evaluation wants them."""
 
     def sample(tokens: list[list[int]], keys: jax.Array) -> list[list[Completion]]:
         settings = {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']}
         return sample_tokens(model, variables, tokenizer, tokens, samples=keys.shape[1], keys=keys, **settings)
 
+    return sample
+
+
+def _sampling(spec: dict[str, Any]) -> str:
+    return f'temperature {spec["temperature"]:g}, {spec["samples"]} samples' if spec['temperature'] else 'greedy'
+
+
+def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
+    task = _heldout(spec)
+    prompts = _problems(task, spec['items'])
+    n = spec['samples']
+
+    sample = _sampler(model, variables, tokenizer, spec)
     keys = row_keys(seed, range(len(prompts)), n)
     answers: list[list[Any]]
     if spec['format'] == 'chat':
@@ -160,9 +199,8 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
     details['stopped'] = float(stopped.mean())
     details['answer_tokens'] = float(np.mean([len(answer.logprobs) for group in answers for answer in group]))
     details['scores'] = [round(float(x), 4) for x in mean]
-    sampling = f'temperature {spec["temperature"]:g}, {n} samples' if spec['temperature'] else 'greedy'
     return {
-        **_share(f'accuracy ({sampling})', mean, details),
+        **_share(f'accuracy ({_sampling(spec)})', mean, details),
         'samples': [
             {'prompt': prompt.text, 'completion': answers[i][0].text, 'score': float(scores[i, 0])}
             for i, prompt in enumerate(prompts[:3])
@@ -273,6 +311,26 @@ def _evaluate_pairs(
     return _share('pairs put in order', better, {'by': name, 'scores': better.tolist()})
 
 
+def _evaluate_elo(
+    workdir: Path, model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
+) -> Result:
+    mesh = jax.tree.leaves(variables)[0].sharding.mesh
+    others = opponents(spec['opponents'], spec['every'], workdir, mesh, tokenizer)
+    players = [_sampler(x.model, x.variables, tokenizer, spec) for x in others.values()]
+    players.append(_sampler(model, variables, tokenizer, spec))
+    task = _heldout(spec)
+    assert isinstance(task, Game)
+    starts = _problems(task, spec['items'])
+    wins = tournament(players, task, starts, spec['samples'], tokenizer, seed)
+    return {
+        'metric': f'Elo above {next(iter(others))} ({_sampling(spec)})',
+        **standing([*others, 'this'], wins),
+        'items': len(starts),
+        'unit': 'Elo',
+        'direction': 'higher',
+    }
+
+
 def _named(name: str, known: Mapping[str, Any], samples: int) -> dict[str, Any]:
     """An evaluation by its name in the run's config, or the task of that name with its default options."""
     if name in known:
@@ -301,7 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load(options.checkpoint)
     specs = {name: _named(name, loaded.config['evaluations'], options.samples) for name in options.tasks.split(',')}
     for name, spec in specs.items():
-        result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed)
+        workdir = Path(split_address(options.checkpoint)[0]).parent
+        result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed, workdir)
         result['details'].pop('scores', None)
         result.pop('samples', None)
         print(json.dumps({'evaluation': name, **result}))

@@ -103,7 +103,7 @@ class Run:
         try:
             check_edges(self.config, name)
             for evaluation in stage.get('evaluations', ()):
-                checked(self.config['evaluations'][evaluation])
+                checked(self.config['evaluations'][evaluation], self.stages)
             if kind.make is not None:
                 kind.make(self._context(name, model, others))
             elif kind.merge is not None:
@@ -416,7 +416,7 @@ class Run:
                 if evaluation in results:
                     continue
                 spec = self.config['evaluations'][evaluation]
-                result = evaluate(model, variables, self.tokenizer, spec)
+                result = evaluate(model, variables, self.tokenizer, spec, workdir=self.workdir)
                 samples = result.pop('samples', [])
                 if is_primary():
                     with (folder / 'samples.jsonl').open('a') as lines:
