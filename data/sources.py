@@ -14,7 +14,7 @@ from data import corpus
 from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
-from data.tasks import get_task
+from data.tasks import Proposable, get_task
 from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
@@ -31,15 +31,17 @@ class Source(Protocol):
 
 class TaskSource:
     """The problems of a procedural task with their reference answers: as text, as text whose answer alone is learnt
-    ('completion'), or as chats."""
+    ('completion'), or as chats; or as answers themselves, to whoever asks for a problem ('proposal')."""
 
     endless = True
 
     def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
         """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
-        if format not in ('text', 'completion', 'chat'):
-            raise InputError(f'source task: format {format!r}: expected text, completion or chat')
+        if format not in ('text', 'completion', 'chat', 'proposal'):
+            raise InputError(f'source task: format {format!r}: expected text, completion, chat or proposal')
         self.task = get_task(name, split=split, **options)
+        if format == 'proposal' and not isinstance(self.task, Proposable):
+            raise InputError(f'source task: format {format!r}: expected a task that takes proposals, not {name!r}')
         self._format = format
 
     def __len__(self) -> int:
@@ -51,7 +53,10 @@ class TaskSource:
             return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
         if self._format == 'completion':
             return {'prompt': f'{prompt.text}\n', 'completion': prompt.reference, 'key': prompt.key}
-        messages = [{'role': 'user', 'content': prompt.text}, {'role': 'assistant', 'content': prompt.reference}]
+        said = (prompt.text, prompt.reference)
+        if self._format == 'proposal' and isinstance(self.task, Proposable):
+            said = (self.task.invitation, self.task.proposal(prompt))
+        messages = [{'role': role, 'content': text} for role, text in zip(('user', 'assistant'), said, strict=True)]
         return {'messages': messages, 'key': prompt.key}
 
 
@@ -104,7 +109,7 @@ def open_source(spec: Any) -> Source:
 
       stdlib                        split, piece (characters a record; 0: whole files)
       stdlib_instructions           split
-      task                          name, split, format ('text', 'completion' or 'chat'), and the task's own options
+      task                          name, split, format (text, completion, chat or proposal), and the task's own options
       repeats                       words, strings
       jsonl, arrayrecord, parquet   path (a file or a glob), field
       text                          path (a file, a folder or a glob): one document a file

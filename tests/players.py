@@ -1,7 +1,8 @@
-"""A game, and problems to propose, of which a random model gets something right."""
+"""A task of which a random model gets something right: as a game, and with problems that it may propose."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data.tasks import ILLEGAL, Prompt, SplitTask, Turn, Verdict, register
 
@@ -12,11 +13,21 @@ class Parity(SplitTask):
     """Each side says something twice; the first wins if they said an even number of bytes in all. Only
     saying nothing is illegal."""
 
+    invitation: ClassVar[str] = 'say 0'
+
     def prompt(self, index: int) -> Prompt:
         return Prompt(f'say {index}', 'something', f'say {index}')
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict:
         return Verdict(float(len(completion.encode()) % 2 == 0), reason='odd')
+
+    def parse(self, text: str) -> Prompt | None:
+        """What is left of a text's bytes when sevens are taken off, unless it is nothing."""
+        left = len(text.encode()) % 7
+        return self.prompt(left) if left else None
+
+    def proposal(self, prompt: Prompt) -> str:
+        return 'x' * int(prompt.key[4:])
 
     def show(self, prompt: Prompt, moves: Sequence[str]) -> Turn:
         return Turn('user', f'{prompt.text} {len(moves)}', done=len(moves) == 4 or '' in moves)

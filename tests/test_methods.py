@@ -48,6 +48,11 @@ SAMPLED: dict[str, dict[str, Any]] = {
     'on_policy_distill': {'models': {'teacher': 'pretrain'}},
     # Saved at every step: the pool is read back from what the stage has saved itself.
     'self_play': {'task': {'name': 'parity'}, 'opponent_share': 0.7, 'save_every': 1, 'batch_size': 32, **LONGER},
+    # Hot, as a model that has not learnt to propose would otherwise hardly ever stop.
+    'proposer_solver': {
+        **{'task': {'name': 'parity'}, 'reward': 'verifier', 'temperature': 10.0, 'max_tokens': 64, **LONGER},
+        **{'prompts': 8, 'samples': 2, 'batch_size': 24},
+    },
 }
 
 

@@ -80,6 +80,13 @@ class TestOpen:
         answer = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'completion'}))
         assert answer[5]['prompt'] + answer[5]['completion'] == text[5]['text']
 
+    def test_proposals_are_answers(self):
+        """What asks for a problem is answered by one of the training split."""
+        source = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'proposal'})
+        asked, said = source[3]['messages']
+        assert asked['content'] == source.task.invitation == source[4]['messages'][0]['content']
+        assert source.task.parse(said['content']) == source.task.prompt(3)
+
     def test_repeats_show_each_string_and_ask_for_its_rest(self):
         source = open_source({'type': 'repeats', 'words': (2, 4), 'strings': 5})
         record = source[3]
@@ -112,7 +119,8 @@ class TestOpen:
             ({'type': 'jsonl'}, "'path' is missing"),
             ({'type': 'jsonl', 'path': '/none', 'feild': 'x'}, "no option 'feild'; did you mean 'field'"),
             ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
-            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text, completion or chat'),
+            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text, completion, chat or proposal'),
+            ({'type': 'task', 'name': 'sudoku', 'format': 'proposal'}, "takes proposals, not 'sudoku'"),
             ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),
             ({'type': 'repeats', 'words': (5, 2)}, 'words .5, 2.: expected .least, most.'),
             ({'type': 'repeats', 'strings': 0}, 'strings 0: expected 1 or more'),

@@ -247,6 +247,37 @@ def test_arithmetic_parts():
     assert judge('4+3=7\n2+2=4\n03+4=7\n3+4=7=7\nAnswer: 030') == (0, [0, 0, 0, 0])
 
 
+@given(INDEX, st.integers(1, 6), st.integers(1, 3), st.sampled_from(['train', 'heldout']))
+@settings(deadline=None)
+def test_arithmetic_takes_the_problems_of_its_split_and_no_others(index, operations, digits, split):
+    """A problem that was drawn can be proposed; to the other split, and to other options, it is none."""
+    options = {'operations': operations, 'digits': digits, 'max_value': 999}
+    task = get_task('arithmetic', split, **options)
+    prompt = task.prompt(index)
+    text = task.proposal(prompt)
+    assert task.parse(f' {text}\n') == prompt and text in prompt.text
+    other = 'heldout' if split == 'train' else 'train'
+    for changes in ({'split': other}, {'operations': operations + 1}, {'max_value': 1, 'digits': 1}):
+        refused = get_task('arithmetic', **{'split': split, **options, **changes}).parse(text)
+        assert refused is None or 'max_value' in changes
+
+
+def test_arithmetic_takes_no_other_form():
+    """Nor what is held out under another spelling."""
+    task, held = get_task('arithmetic', operations=(1, 4)), get_task('arithmetic', 'heldout', operations=(1, 4))
+    assert [x.parse('3*(2+7)-4') is None for x in (task, held)].count(True) == 1
+    for text in (
+        *('', '3', '3+', '+3', '-3', '3--4', '3**2', '3//2', '3/2', '3 + 4', '03+4', '3+4)', '(3+4)', '3+(4)', '3(4)'),
+        *('3+4=7', '3+4+', 'a+b', '٣+4', '1_0+2', '3+4\n5+6', '100+1', '90+10', '3-4', '9*9*2', '1+1+1+1+1+1'),
+        *('1+(2+3)', '2*(2*3)', '1+(3-2)', '(' * 49 + '1+1' + ')' * 48, '(' * 100, '1+' * 5000 + '1', '3+4 or so'),
+    ):
+        assert task.parse(text) is None and held.parse(text) is None, text
+    texts = [f'{a}{sign}{b}' for a in range(1, 10) for b in range(1, 10) for sign in '+*']
+    for text in texts:
+        turned = text[::-1]  # the same problem
+        assert (task.parse(text) is None) == (task.parse(turned) is None) == (held.parse(turned) is not None)
+
+
 # Wordgraph
 
 

@@ -187,12 +187,17 @@ class RolloutStream:
 
     def _pose(self) -> list[Problem]:
         """The next `prompts` problems."""
-        numbers = range(self._position, self._position + self._config['prompts'])
-        self._position = numbers.stop
+        numbers = self._numbers()
         levels = [self._levels.choose(number) for number in numbers]
         tasks = [self._levels.tasks[level] for level in levels]
         prompts = [task.prompt(number) for task, number in zip(tasks, numbers, strict=True)]
         return [Problem(*fields) for fields in zip(numbers, levels, tasks, prompts, strict=True)]
+
+    def _numbers(self) -> range:
+        """Numbers of the next `prompts` problems, which no other has."""
+        first = self._position
+        self._position += self._config['prompts']
+        return range(first, self._position)
 
     def _sampler(self, model: Model, variables: Any) -> Sample:
         """Answers of a model, as the stage wants them."""

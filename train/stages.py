@@ -32,6 +32,7 @@ from train.objectives import Objective, joined, next_token, regularizers
 from train.pairs import RecordStream
 from train.policy import distillation, policy_gradient
 from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
+from train.proposer import ProposerStream
 from train.recipes import Recipe, attempts, labels, revisions
 from train.rollout import RolloutStream
 from train.scoring import Other, TeacherStream
@@ -211,6 +212,10 @@ def _games(context: Context) -> Stream:
     return _rollouts(context, functools.partial(SelfPlayStream, folder=context.folder))
 
 
+def _proposals(context: Context) -> Stream:
+    return _rollouts(context, ProposerStream)
+
+
 def rollout_stamps(c: Mapping[str, Any]) -> tuple[str, ...]:
     """What the batches of an on-policy stage say of each token beyond its advantage and the sampler's probability."""
     loss, names = c['loss'], []
@@ -386,6 +391,8 @@ KINDS: dict[str, Kind] = {
     'self_play': _reinforcement(
         stream=_games, models={**_OTHERS, 'opponent': ''}, algorithm='dr_grpo', opponent_share=0.5, pool=2, keep=3
     ),
+    # The model proposes the problems that it solves, and earns something for those that it solves sometimes.
+    'proposer_solver': _reinforcement(stream=_proposals, invalid_reward=-0.5),
     # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},

@@ -110,6 +110,24 @@ class Game(Protocol):
     def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
 
 
+@runtime_checkable
+class Proposable(Protocol):
+    """A task whose problems can be written down by somebody else. `invitation` asks for one."""
+
+    name: ClassVar[str]
+    invitation: ClassVar[str]
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def parse(self, text: str) -> Prompt | None:
+        """The problem that a text poses; None where it is none that this task's options and split allow."""
+
+    def proposal(self, prompt: Prompt) -> str:
+        """The text that poses a problem, which `parse` takes back."""
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
+
+
 @dataclass(kw_only=True)
 class SplitTask:
     """What every task shares: a split by the hash of the problem, and checks of its options, which are its fields."""

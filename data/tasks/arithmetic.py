@@ -1,11 +1,24 @@
 """Arithmetic: reduce an expression over + - * one operation at a time."""
 
+import ast
 import random
+import re
 from dataclasses import dataclass, field
 from math import isqrt
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
-from data.tasks import Part, ProceduralTask, Prompt, Verdict, final_answer, lines, register, split_answer, uniform
+from data.tasks import (
+    BLANK,
+    Part,
+    ProceduralTask,
+    Prompt,
+    Verdict,
+    final_answer,
+    lines,
+    register,
+    split_answer,
+    uniform,
+)
 
 # A number, or [left, operator, right]: lists, so that it survives a trip through JSON.
 Tree: TypeAlias = int | list[Any]
@@ -14,6 +27,8 @@ Tree: TypeAlias = int | list[Any]
 # never a + (b + c), which is a + b + c.
 RIGHT_OF = {'+': '*', '-': '+-*', '*': '+-'}
 MAX_JUDGED_LINES = 256
+EXPRESSION = re.compile(r'[0-9+*()-]{1,100}')
+SYMBOLS: dict[type, str] = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*'}
 
 
 @register('arithmetic')
@@ -32,6 +47,7 @@ class Arithmetic(ProceduralTask):
     digits: int = 2
     max_value: int = 99
     worked: bool = field(default=False, repr=False)  # no part of the seed: it changes the verdict, not the problem
+    invitation: ClassVar[str] = 'Propose an expression to compute.'
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +86,32 @@ class Arithmetic(ProceduralTask):
             return Verdict(1.0, tuple(parts))
         return Verdict(0.0, tuple(parts), 'no final answer' if answer is None else 'wrong answer')
 
+    def parse(self, text: str) -> Prompt | None:
+        """The problem of computing an expression, written as problems of this task are: `2*(3+4)`."""
+        text = text.strip(BLANK)
+        tree = _parse(text)
+        if tree is None or _render(tree) != text or self._value(tree) is None:
+            return None
+        low, high = self.operations
+        if not low <= sum(text.count(operator) for operator in RIGHT_OF) <= high:
+            return None
+        key = _canonical(tree)
+        return self.pose(key, tree, random.Random(key)) if self.in_split(key) else None
+
+    def proposal(self, prompt: Prompt) -> str:
+        return _render(prompt.info['tree'])
+
+    def _value(self, tree: Tree) -> int | None:
+        """The value of a tree, None where it is none that could be drawn: by its shape, a number or a value."""
+        if isinstance(tree, int):
+            return tree if tree <= min(10**self.digits - 1, self.max_value) else None
+        left, operator, right = tree
+        if isinstance(right, list) and right[1] not in RIGHT_OF[operator]:
+            return None
+        x, y = self._value(left), self._value(right)
+        value = -1 if x is None or y is None else _apply(x, operator, y)
+        return value if 0 <= value <= self.max_value else None
+
     def _grow(
         self, rng: random.Random, operations: int, bound: int, operators: str = '+-*', least: int = 1
     ) -> tuple[Tree, int]:
@@ -98,6 +140,25 @@ class Arithmetic(ProceduralTask):
             a, x = self._grow(rng, first[0], isqrt(bound), first[1], least=2)
             b, y = self._grow(rng, second[0], bound // max(x, 1), second[1], least=2)
         return [a, operator, b] if left_first else [b, operator, a], _apply(x, operator, y)
+
+
+def _parse(text: str) -> Tree | None:
+    """The tree of a short expression over + - *, None where a text is no such thing."""
+
+    def tree(node: ast.expr) -> Tree:
+        match node:
+            case ast.Constant(value=int(value)):
+                return value
+            case ast.BinOp(left, operator, right):
+                return [tree(left), SYMBOLS[type(operator)], tree(right)]
+        raise ValueError
+
+    if not EXPRESSION.fullmatch(text):
+        return None
+    try:
+        return tree(ast.parse(text, mode='eval').body)
+    except (SyntaxError, ValueError, KeyError, MemoryError):  # the last from parentheses in parentheses
+        return None
 
 
 def _apply(left: int, operator: str, right: int) -> int:

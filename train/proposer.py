@@ -1,0 +1,104 @@
+"""Proposer and solver: the model in training writes the problems that it is then trained to solve."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data.errors import InputError
+from data.tasks import Prompt, Proposable, Verdict
+from train.episodes import padded, play
+from train.rollout import Drawn, Problem, RolloutStream
+from train.sampler import row_keys
+
+
+def learnability(rate: float) -> float:
+    """1 - |2p - 1| of the rate p at which a problem is solved: 1 for a half, 0 for always and for never."""
+    return 1 - abs(2 * rate - 1)
+
+
+class _Invitation:
+    """The proposer's own task: to write a problem that another task takes."""
+
+    name: ClassVar[str] = 'proposal'
+
+    def __init__(self, task: Proposable):
+        self._task = task
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt(self._task.invitation, '', self._task.invitation)
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict:
+        return Verdict(float(self._task.parse(completion) is not None))
+
+
+class ProposerStream(RolloutStream):
+    """The model writes `prompts` problems and answers each of the different ones `samples` times. As solver it earns
+    what the verifier gives; as proposer `learnability` of the rate at which its problem was solved, and
+    `invalid_reward` for what the task does not take as a problem: bad form, out of its options, or held out.
+
+    Asymmetric self-play (Sukhbaatar et al. 2018) with one model in both roles and a verifier (Zhao et al. 2025,
+    "Absolute Zero", whose proposer earns 1 - p for p above 0). The k proposals of one problem share what it earns:
+    else one good problem, said over and over, would be the best policy (Huang et al. 2025, "R-Zero", punish repetition
+    too). Each role has its own baseline: the proposals are one group, the answers to a problem another.
+    """
+
+    def __init__(self, *given: Any):
+        """Arguments as of `RolloutStream`.
+
+        Raises:
+            InputError: levels or refills; a task that takes no proposals; and as `RolloutStream`.
+        """
+        super().__init__(*given)
+        for field in ('levels', 'refills'):
+            if self._config[field]:
+                raise InputError(f'{field} is {self._config[field]!r}: expected none, as the proposer decides')
+        (task,) = self._levels.tasks
+        if not isinstance(task, Proposable):
+            raise InputError(f'task.name is {task.name!r}: expected a task that takes proposals, such as arithmetic')
+        self._task: Proposable = task
+
+    @staticmethod
+    def most(c: Mapping[str, Any]) -> int:
+        """Proposals, and answers to all of them."""
+        return int(c['prompts'] * (c['samples'] + 1))
+
+    def _draw(self, variables: Any) -> Drawn:
+        """Proposals and the answers to them."""
+        c, task, numbers = self._config, self._task, self._numbers()
+        keys = row_keys(self._seed, numbers, c['samples'] + 1)  # the last is the proposer's
+        sample = self._sampler(self._model, variables)
+        asked = _Invitation(task)
+        proposals = play([asked], [asked.prompt(0)], self._tokenizer, sample, keys[:, -1].reshape(1, -1))[0]
+        found = [task.parse(e.text) if e.stopped else None for e in proposals]
+        times = Counter(prompt.key for prompt in found if prompt is not None)
+        first: dict[str, Problem] = {}
+        for number, prompt in zip(numbers, found, strict=True):
+            if prompt is not None:
+                first.setdefault(prompt.key, Problem(number, 0, task, prompt))
+        drawn = Drawn([], [], {'prompt': task.invitation, 'completion': proposals[0].text, 'score': 0.0}, {}, 0)
+        rates: dict[str, float] = {}
+        if first:
+            rows = padded(list(first.values()))
+            places = np.array([p.number - numbers.start for p in rows])
+            prompts = [p.prompt for p in rows]
+            answers = play([task] * len(rows), prompts, self._tokenizer, sample, keys[places, :-1])[: len(first)]
+            drawn = self._judged(list(first.values()), answers)
+            solved = [np.mean([e.verdict.score * e.stopped for e in group]) for group in answers]
+            rates = {key: float(rate) for key, rate in zip(first, solved, strict=True)}
+            drawn.metrics['proposer/solve_rate'] = float(np.mean(solved))
+        earned = [learnability(rates[x.key]) / times[x.key] if x else float(c['invalid_reward']) for x in found]
+        drawn.groups.append(
+            [self._rewarded(e, n, c['samples'], r) for e, n, r in zip(proposals, numbers, earned, strict=True)]
+        )
+        drawn.episodes += proposals
+        drawn.read += len(proposals[0].prompt) + sum(len(e.tokens) for e in proposals)
+        drawn.metrics |= {
+            'proposer/valid': times.total() / len(proposals),
+            'proposer/distinct': len(times) / len(proposals),
+            'proposer/reward': float(np.mean(earned)),
+        }
+        return drawn
