@@ -17,6 +17,7 @@ from data.tokenizer import Tokenizer
 from train.sampler import Completion
 
 JUDGES = 4  # answers judged at a time
+LEAST_ROWS = 16  # that speak at a time, a power of two: fewer hardly cost less
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 
@@ -75,16 +76,16 @@ def play(
 def speak(sample: Sample, exchanges: Mapping[int, Exchange], keys: jax.Array, turn: int) -> None:
     """Lets the model speak in each of some exchanges, by their numbers among all; `keys`, of all, are folded with the
     turn."""
-    rows = padded(list(exchanges))
+    rows = padded(list(exchanges), LEAST_ROWS)
     fresh = jax.vmap(lambda key: jax.random.fold_in(key, turn))(keys[np.array(rows)])
     said = sample([exchanges[i].heard for i in rows], fresh[:, None])
     for exchange, (completion,) in zip(exchanges.values(), said, strict=False):
         exchange.hear(completion)
 
 
-def padded(items: Sequence[Item]) -> list[Item]:
+def padded(items: Sequence[Item], least: int = 1) -> list[Item]:
     """As many as a power of two, the last one repeated, so that few programs are compiled."""
-    return [*items, *[items[-1]] * (2 ** (len(items) - 1).bit_length() - len(items))]
+    return [*items, *[items[-1]] * (max(least, 2 ** (len(items) - 1).bit_length()) - len(items))]
 
 
 def in_threads(judge: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

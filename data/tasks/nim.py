@@ -29,7 +29,7 @@ class Nim(ProceduralTask):
     """
 
     heaps: int = 3
-    most: int = 5
+    most: int = 7
     goal: str = 'win'
 
     def __post_init__(self) -> None:
