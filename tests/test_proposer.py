@@ -60,9 +60,10 @@ def test_each_role_earns_its_own() -> None:
         scores = [float(t.stopped and len(said(t).encode()) % 2 == 0) for t in group]
         assert [t.rewards.sum() for t in group] == scores
         rates[key] = np.float64(np.mean(scores))
-    earned = [(1 - abs(2 * rates[key] - 1)) / keys.count(key) if key else -0.5 for key in keys]
+    new = [key != '' and key not in keys[:i] for i, key in enumerate(keys)]
+    earned = [1 - abs(2 * rates[key] - 1) if first else -0.5 for key, first in zip(keys, new, strict=True)]
     np.testing.assert_allclose([t.rewards.sum() for t in proposals], earned, atol=1e-12)
-    assert len(set(earned)) > 1
+    assert len(set(earned)) > 1 and len(different) < sum(key != '' for key in keys)
     for group in (*answers, proposals):
         returns = np.array([t.rewards.sum() for t in group], np.float64)
         for trajectory, value in zip(group, returns - returns.mean(), strict=True):

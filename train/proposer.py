@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -38,12 +37,13 @@ class _Invitation:
 class ProposerStream(RolloutStream):
     """The model writes `prompts` problems and answers each of the different ones `samples` times. As solver it earns
     what the verifier gives; as proposer `learnability` of the rate at which its problem was solved, and
-    `invalid_reward` for what the task does not take as a problem: bad form, out of its options, or held out.
+    `invalid_reward` for what the task does not take as a problem (bad form, out of its options, held out) and for one
+    that another proposal of the rollout has posed.
 
     Asymmetric self-play (Sukhbaatar et al. 2018) with one model in both roles and a verifier (Zhao et al. 2025,
-    "Absolute Zero", whose proposer earns 1 - p for p above 0). The k proposals of one problem share what it earns:
-    else one good problem, said over and over, would be the best policy (Huang et al. 2025, "R-Zero", punish repetition
-    too). Each role has its own baseline: the proposals are one group, the answers to a problem another.
+    "Absolute Zero", whose proposer earns 1 - p for p above 0). Repetition is punished as in R-Zero (Huang et al. 2025),
+    here that of the very same problem: else the safest proposal is the one made most often, and the others die out.
+    Each role has its own baseline: the proposals are one group, the answers to a problem another.
     """
 
     def __init__(self, *given: Any):
@@ -74,13 +74,12 @@ class ProposerStream(RolloutStream):
         asked = _Invitation(task)
         proposals = play([asked], [asked.prompt(0)], self._tokenizer, sample, keys[:, -1].reshape(1, -1))[0]
         found = [task.parse(e.text) if e.stopped else None for e in proposals]
-        times = Counter(prompt.key for prompt in found if prompt is not None)
         first: dict[str, Problem] = {}
         for number, prompt in zip(numbers, found, strict=True):
             if prompt is not None:
                 first.setdefault(prompt.key, Problem(number, 0, task, prompt))
         drawn = Drawn([], [], {'prompt': task.invitation, 'completion': proposals[0].text, 'score': 0.0}, {}, 0)
-        rates: dict[str, float] = {}
+        rates: dict[int, float] = {}  # by the number of the proposal
         if first:
             rows = padded(list(first.values()))
             places = np.array([p.number - numbers.start for p in rows])
@@ -88,17 +87,17 @@ class ProposerStream(RolloutStream):
             answers = play([task] * len(rows), prompts, self._tokenizer, sample, keys[places, :-1])[: len(first)]
             drawn = self._judged(list(first.values()), answers)
             solved = [np.mean([e.verdict.score * e.stopped for e in group]) for group in answers]
-            rates = {key: float(rate) for key, rate in zip(first, solved, strict=True)}
+            rates = {p.number: float(rate) for p, rate in zip(first.values(), solved, strict=True)}
             drawn.metrics['proposer/solve_rate'] = float(np.mean(solved))
-        earned = [learnability(rates[x.key]) / times[x.key] if x else float(c['invalid_reward']) for x in found]
+        earned = [learnability(rates[n]) if n in rates else float(c['invalid_reward']) for n in numbers]
         drawn.groups.append(
             [self._rewarded(e, n, c['samples'], r) for e, n, r in zip(proposals, numbers, earned, strict=True)]
         )
         drawn.episodes += proposals
         drawn.read += len(proposals[0].prompt) + sum(len(e.tokens) for e in proposals)
         drawn.metrics |= {
-            'proposer/valid': times.total() / len(proposals),
-            'proposer/distinct': len(times) / len(proposals),
+            'proposer/valid': sum(prompt is not None for prompt in found) / len(proposals),
+            'proposer/distinct': len(first) / len(proposals),
             'proposer/reward': float(np.mean(earned)),
         }
         return drawn
