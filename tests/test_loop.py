@@ -28,8 +28,9 @@ from train.graph import Run
 from train.loop import train
 from train.objectives import next_token
 from train.rollout import RolloutStream
-from train.stages import Context, Kind, register
+from train.stages import Kind, register
 from train.step import initial_state
+from train.streams import Context
 
 Settings = Callable[[ConfigDict], Any]
 

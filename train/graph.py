@@ -42,8 +42,9 @@ from train.make import RECORDS, write_records
 from train.merge import average
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
-from train.stages import Context, get_kind, stage_objective, training_kind
+from train.stages import get_kind, stage_objective, training_kind
 from train.step import Layout, State, initial_state, optimizer_shapes, trained
+from train.streams import Context
 
 
 class Run:

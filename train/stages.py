@@ -7,67 +7,26 @@ Adding a kind is one entry in KINDS (or one call of `register`); the loop does n
 from __future__ import annotations
 
 import dataclasses
-import functools
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from data.errors import InputError, did_you_mean
-from data.mixture import as_dict, sources_of
 from data.packing import empty_batch
-from data.sources import Awaited, Source, open_source
-from data.stream import Prefetch, RowStream, Stream
-from data.tasks import get_task
-from data.tokenizer import Tokenizer
+from data.stream import Stream
 from model.config import ModelConfig
-from model.transformer import Model
-from train.make import MAKE, RECORDS, Maker
-from train.members import Members
+from train.make import MAKE, Maker
 from train.merge import merge_weights
 from train.objectives import Objective, joined, next_token, regularizers
-from train.pairs import RecordStream
 from train.policy import distillation, policy_gradient
 from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
-from train.proposer import ProposerStream
-from train.recipes import Recipe, attempts, labels, revisions
-from train.rollout import RolloutStream
-from train.scoring import Other, TeacherStream
-from train.self_play import SelfPlayStream
+from train.recipes import attempts, labels, revisions
 from train.signs import LIMITS
-from train.step import Layout
+from train.streams import Context, distilled, games, making, proposals, records, rollout_stamps, rollouts, rows
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a kind may build its stream from.
-
-    Attributes:
-        name: of the stage; config: its fields; sources: all sources of the run by name; seed: of the stage.
-        models: the other models the stage names (`models.reference`, ...), by role.
-        layout: of a batch on the devices; all rows are built here by default.
-        folder: of the stage, where a stream may keep what it found out.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    sources: Mapping[str, Any]
-    model: Model
-    tokenizer: Tokenizer
-    seed: int
-    models: Mapping[str, Other]
-    layout: Layout | None = None
-    folder: Path | None = None
-
-    @property
-    def stream_seed(self) -> int:
-        """A seed of this stage's own, so that stages do not see the same problems."""
-        return zlib.crc32(f'{self.seed} {self.name}'.encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +44,7 @@ class Kind:
 
     defaults: Mapping[str, Any]
     objective: Callable[[Mapping[str, Any]], Objective] = lambda _: next_token()
-    stream: Callable[[Context], Stream] = lambda context: _rows(context, split_documents=True)
+    stream: Callable[[Context], Stream] = lambda context: rows(context, split_documents=True)
     extra: Callable[[Mapping[str, Any]], Shapes] = lambda _: {}
     on_policy: bool = False
     make: Callable[[Context], Maker] | None = None
@@ -131,116 +90,6 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _source(context: Context, name: str, field: str) -> Source:
-    """A source of the run, opened; `field` names it. Of {'type': 'stage', 'name': NAME} it is what that stage wrote."""
-    if name not in context.sources:
-        raise InputError(f'stages.{context.name}.{field}: no source {name!r}{did_you_mean(name, context.sources)}')
-    spec = as_dict(context.sources[name])
-    if spec.get('type') != 'stage':
-        return open_source(spec)
-    assert context.folder is not None
-    records = context.folder.parent / spec['name'] / RECORDS
-    return open_source({'type': 'arrayrecord', 'path': str(records)}) if records.is_dir() else Awaited(spec['name'])
-
-
-def _sources(context: Context) -> dict[str, Source]:
-    """The sources that a stage's mixture names, opened."""
-    return {name: _source(context, name, 'mixture') for name in sorted(sources_of(context.config['mixture']))}
-
-
-def _rows(context: Context, split_documents: bool) -> Stream:
-    c = context.config
-    stream = RowStream(
-        _sources(context),
-        c['mixture'],
-        context.tokenizer,
-        rows=c['batch_size'],
-        sequence_length=c['sequence_length'],
-        steps=c['steps'],
-        seed=context.stream_seed,
-        split_documents=split_documents,
-        rows_here=context.layout.rows_here() if context.layout else None,
-        per_example=c.get('weighting') == 'example',
-    )
-    return Prefetch(stream)
-
-
-def _needs(context: Context, role: str, reason: str) -> Other:
-    """The other model of that role, or InputError."""
-    if role not in context.models:
-        raise InputError(f'stages.{context.name}.models.{role} is empty: expected a stage, for {reason}')
-    return context.models[role]
-
-
-def _records(context: Context, form: str, reference: bool) -> Stream:
-    return RecordStream(
-        form,
-        _sources(context),
-        context.config['mixture'],
-        context.tokenizer,
-        context.config,
-        context.stream_seed,
-        Other(context.model, {}),
-        _needs(context, 'reference', 'its log-probabilities') if reference else None,
-        context.folder / 'reference.jsonl' if context.folder else None,
-    )
-
-
-def _distilled(context: Context) -> Stream:
-    teacher = _needs(context, 'teacher', 'what it says of each token')
-    return TeacherStream(_rows(context, split_documents=False), teacher, context.config, context.layout)
-
-
-def _rollouts(context: Context, stream: Callable[..., Stream] = RolloutStream) -> Stream:
-    c = context.config
-    if c['loss']['kl_coefficient'] or c['kl_reward']:
-        _needs(context, 'reference', 'a penalty on the KL')
-    if c['algorithm'] == 'reverse_kl':
-        _needs(context, 'teacher', 'algorithm reverse_kl')
-    options = as_dict(c['task'])
-    name = options.pop('name')
-    levels: Sequence[Mapping[str, Any]] = c['levels'] or ({},)
-    tasks = [get_task(name, split='train', **{**options, **as_dict(level)}) for level in levels]
-    harder = as_dict(c['strict'])
-    strict = [get_task(name, split='train', **{**options, **as_dict(x), **harder}) for x in levels] if harder else []
-    return stream(
-        context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c), strict
-    )
-
-
-def _games(context: Context) -> Stream:
-    return _rollouts(context, functools.partial(SelfPlayStream, folder=context.folder))
-
-
-def _proposals(context: Context) -> Stream:
-    return _rollouts(context, ProposerStream)
-
-
-def rollout_stamps(c: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the batches of an on-policy stage say of each token beyond its advantage and the sampler's probability."""
-    loss, names = c['loss'], []
-    if loss['importance'] != 'none' and c['epochs'] * c['minibatches'] > 1:
-        names.append('old_logprob')
-    if loss['kl_coefficient']:
-        names.append('reference_logprob')
-    if loss['value_coefficient']:
-        names += ['old_value', 'value_target']
-    return tuple(names)
-
-
-def _making(recipe: Recipe) -> Callable[[Context], Maker]:
-    def make(context: Context) -> Maker:
-        if jax.process_count() > 1:
-            raise InputError(f'stages.{context.name} makes records: expected one process')
-        assert context.folder is not None
-        c, name = context.config, context.config['source']
-        members = Members(c, context.models, context.tokenizer, context.folder)
-        source = _source(context, name, 'source') if name else None
-        return Maker(c, recipe, members, source, context.stream_seed)
-
-    return make
-
-
 def _arrays(c: Mapping[str, Any], *names: str) -> Shapes:
     """float32, one number a token."""
     return {name: jax.ShapeDtypeStruct((c['batch_size'], c['sequence_length']), np.float32) for name in names}
@@ -279,14 +128,14 @@ def _preference(variant: str, beta: float, **loss: Any) -> Kind:
             'loss': {'variant': variant, 'beta': beta, 'label_smoothing': 0.0, 'gamma': 0.0, 'nll': 0.0, **loss},
         },
         lambda c: preference(c['loss']),
-        lambda context: _records(context, 'pair', reference),
+        lambda context: records(context, 'pair', reference),
         extra=lambda c: _arrays(c, 'target', 'margin', *(('reference_logprob',) if reference else ())),
     )
 
 
 def _reinforcement(
     loss: Mapping[str, Any] | None = None,
-    stream: Callable[[Context], Stream] = _rollouts,
+    stream: Callable[[Context], Stream] = rollouts,
     **fields: Any,
 ) -> Kind:
     """A stage that learns from its own answers. Each method is a choice among these fields."""
@@ -345,7 +194,7 @@ KINDS: dict[str, Kind] = {
     'sft': Kind(
         {**_TUNING, 'weighting': 'token'},  # or 'example': every record counts the same, however long
         lambda _: next_token(),
-        lambda context: _rows(context, split_documents=False),
+        lambda context: rows(context, split_documents=False),
     ),
     # Preferences; a reward model, which judges whole answers, and one that judges their steps.
     'dpo': _preference('sigmoid', 0.1),
@@ -354,25 +203,25 @@ KINDS: dict[str, Kind] = {
     'kto': Kind(
         {**_RECORDS, 'models': {'reference': ''}, 'loss': {'beta': 0.1, 'desirable': 1.0, 'undesirable': 1.0}},
         lambda c: kahneman_tversky(c['loss']),
-        lambda context: _records(context, 'judged', reference=True),
+        lambda context: records(context, 'judged', reference=True),
         extra=lambda c: _arrays(c, 'target', 'reference_logprob') | _scalars('baseline'),
     ),
     'reward_model': Kind(
         {**_RECORDS, 'model': _VALUE, 'loss': {'center': 0.01}},
         lambda c: bradley_terry(c['loss']),
-        lambda context: _records(context, 'pair', reference=False),
+        lambda context: records(context, 'pair', reference=False),
         extra=lambda c: _arrays(c, 'target', 'margin'),
     ),
     'process_reward_model': Kind(
         {**_RECORDS, 'model': _VALUE},
         lambda c: process_reward(c['loss']),
-        lambda context: _records(context, 'steps', reference=False),
+        lambda context: records(context, 'steps', reference=False),
         extra=lambda c: _arrays(c, 'target'),
     ),
     'distill': Kind(
         {**_TUNING, 'models': {'teacher': ''}, 'top': 32, 'loss': {'beta': 0.0}},
         lambda c: distillation(c['loss']),
-        _distilled,
+        distilled,
         extra=_teacher_arrays,
     ),
     # Reinforcement learning. GRPO is here as it is used today: DAPO's clip and mean over tokens, and no KL penalty.
@@ -389,18 +238,18 @@ KINDS: dict[str, Kind] = {
     'on_policy_distill': _reinforcement(algorithm='reverse_kl', reward='none'),
     # Two sides of a game, against itself or against opponents: `models.opponent...` and its own last `pool` saves.
     'self_play': _reinforcement(
-        stream=_games, models={**_OTHERS, 'opponent': ''}, algorithm='dr_grpo', opponent_share=0.5, pool=2, keep=3
+        stream=games, models={**_OTHERS, 'opponent': ''}, algorithm='dr_grpo', opponent_share=0.5, pool=2, keep=3
     ),
     # The model proposes the problems that it solves, and earns something for those that it solves sometimes; a
     # proposal that is none, or not new, has `invalid_reward`.
-    'proposer_solver': _reinforcement(stream=_proposals, invalid_reward=-0.5),
+    'proposer_solver': _reinforcement(stream=proposals, invalid_reward=-0.5),
     # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},
-        make=_making(attempts),
+        make=making(attempts),
     ),
-    'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=_making(revisions)),
-    'label': Kind({**MAKE, **_JUDGES, 'principles': ''}, make=_making(labels)),
+    'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=making(revisions)),
+    'label': Kind({**MAKE, **_JUDGES, 'principles': ''}, make=making(labels)),
     'merge': Kind({'parents': (), 'weights': (), 'decay': 1.0, 'evaluations': ()}, merge=merge_weights),
 }
 
