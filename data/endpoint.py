@@ -239,7 +239,7 @@ def _parse(body: Any) -> Reply:
         raise TypeError
     first = (choice.get('logprobs') or {}).get('content') or [{}]
     return {
-        'text': text,
+        'text': text.encode(errors='replace').decode(),  # JSON may escape half a character, which no file can hold
         'finish': choice.get('finish_reason'),
         'top': [(entry['token'], min(0.0, float(entry['logprob']))) for entry in first[0].get('top_logprobs') or ()],
         'prompt_tokens': int(usage.get('prompt_tokens') or 0),

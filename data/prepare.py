@@ -50,6 +50,7 @@ def prepare(
         raise InputError(f'{output}: exists already; expected the name of a new folder')
     if shard_records < 1 or workers < 1:
         raise InputError(f'shard_records={shard_records}, workers={workers}: expected at least 1 of each')
+    _open.cache_clear()  # the files may be others than they were
     count = len(_open(json.dumps(spec)))
     tokenizer = Tokenizer.load(tokenizer_path) if tokenizer_path else None
     starts = range(0, count, shard_records)

@@ -260,6 +260,8 @@ def test_cut_off_answers_are_empty(server: Server, connect: Callable[..., Endpoi
     replies = {'a': completion('half', 'length'), 'b': completion(None), 'c': completion('x', 'content_filter')}
     server.script = lambda handler, prompt, _: handler.reply(200, replies[prompt]) if prompt in replies else None
     assert connect()([chat(x) for x in 'abc'], 1, 0) == [[''], [''], ['']]
+    replies['d'] = completion('half a character: \ud800')
+    assert connect()([chat('d')], 1, 0) == [['half a character: ?']]
 
 
 def test_options_are_scored_by_first_tokens(server: Server, connect: Callable[..., Endpoint]) -> None:

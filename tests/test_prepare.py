@@ -44,6 +44,14 @@ def test_text(lines, tmp_path):
     assert metadata['tokenizer'] is None
 
 
+def test_a_file_that_was_written_anew_is_read_anew(lines, tmp_path):
+    prepare({'type': 'jsonl', 'path': str(lines)}, tmp_path / 'out')
+    lines.unlink()
+    lines.write_text(json.dumps({'text': 'another'}))
+    prepare({'type': 'jsonl', 'path': str(lines)}, tmp_path / 'again')
+    assert read(tmp_path / 'again') == [{'text': 'another'}] and len(read(tmp_path / 'out')) == 10
+
+
 def test_tokens_are_what_the_stream_would_make(lines, tmp_path, tokenizer_path):
     lines.write_text('\n'.join(json.dumps(record) for record in ({'text': 'abc'}, {'messages': CHAT})))
     metadata = prepare({'type': 'jsonl', 'path': str(lines)}, tmp_path / 'out', tokenizer_path)
