@@ -14,7 +14,7 @@ from data import corpus
 from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
-from data.tasks import Proposable, get_task
+from data.tasks import Comparable, Proposable, get_task
 from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
@@ -31,17 +31,20 @@ class Source(Protocol):
 
 class TaskSource:
     """The problems of a procedural task with their reference answers: as text, as text whose answer alone is learnt
-    ('completion'), or as chats; or as answers themselves, to whoever asks for a problem ('proposal')."""
+    ('completion'), or as chats; as answers themselves, to whoever asks for a problem ('proposal'); or with a better and
+    a worse answer ('pair')."""
 
     endless = True
 
     def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
         """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
-        if format not in ('text', 'completion', 'chat', 'proposal'):
-            raise InputError(f'source task: format {format!r}: expected text, completion, chat or proposal')
+        if format not in ('text', 'completion', 'chat', 'proposal', 'pair'):
+            raise InputError(f'source task: format {format!r}: expected text, completion, chat, proposal or pair')
         self.task = get_task(name, split=split, **options)
         if format == 'proposal' and not isinstance(self.task, Proposable):
             raise InputError(f'source task: format {format!r}: expected a task that takes proposals, not {name!r}')
+        if format == 'pair' and not isinstance(self.task, Comparable):
+            raise InputError(f'source task: format {format!r}: expected a task with pairs of answers, not {name!r}')
         self._format = format
 
     def __len__(self) -> int:
@@ -53,6 +56,9 @@ class TaskSource:
             return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
         if self._format == 'completion':
             return {'prompt': f'{prompt.text}\n', 'completion': prompt.reference, 'key': prompt.key}
+        if self._format == 'pair' and isinstance(self.task, Comparable):
+            chosen, rejected = self.task.pair(prompt)
+            return {'prompt': prompt.text, 'chosen': chosen, 'rejected': rejected, 'key': prompt.key}
         said = (prompt.text, prompt.reference)
         if self._format == 'proposal' and isinstance(self.task, Proposable):
             said = (self.task.invitation, self.task.proposal(prompt))

@@ -1,4 +1,5 @@
-"""Ratings against a direct maximisation of the likelihood, tournaments of players whose strength is known."""
+"""Evaluations beside other checkpoints: ratings against a direct maximisation of the likelihood, tournaments of players
+whose strength is known, and the KL to another model."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from data.errors import InputError
 from data.tasks import Game, get_task
 from train.checkpoint import Checkpoints
 from train.elo import DRAWS, elo, standing, tournament
-from train.evaluate import checked, evaluate
+from train.episodes import chat_prompt
+from train.evaluate import _problems, checked, evaluate
+from train.sampler import row_keys, sample_tokens
 
 NIM = {'name': 'nim', 'heaps': 2, 'most': 3}
 
@@ -126,3 +129,34 @@ def test_opponents_have_to_be_stages_of_the_run() -> None:
     assert checked(spec, ('play',))['every'] == 0
     with pytest.raises(InputError, match="opponents: no stage 'play'; did you mean 'plays'"):
         checked(spec, ('plays',))
+
+
+def test_kl_is_the_mean_log_ratio_over_own_answers(workdir: Path) -> None:
+    """Of a model to itself it is 0; to another one what unpacked, unpadded passes over the same answers say."""
+    (own, variables), tokenizer = model(), small_tokenizer()
+    other = jax.tree.map(lambda x: x * 1.4, variables)
+    spec = {'type': 'kl', 'task': NIM, 'items': 2, 'samples': 3, 'max_tokens': 4, 'reference': 'play@4'}
+    assert evaluate(own, other, tokenizer, spec, workdir=workdir)['value'] == pytest.approx(0, abs=1e-5)
+    said = evaluate(own, variables, tokenizer, spec, workdir=workdir)
+    task = get_task('nim', split='heldout', **{k: v for k, v in NIM.items() if k != 'name'})
+    prompts = [chat_prompt(prompt, tokenizer) for prompt in _problems(task, 2)]
+    settings = {'samples': 3, 'temperature': 1.0, 'max_tokens': 4}
+    answers = sample_tokens(own, variables, tokenizer, prompts, **settings, keys=row_keys(0, range(2), 3))
+    logprob = jax.jit(lambda v, tokens: own.apply(v, tokens).logprob)
+    expected = [
+        np.mean(
+            [
+                sum(
+                    sign * np.asarray(logprob(v, np.array([[*prompt, *a.tokens]])), np.float64)[0, -n:].sum()
+                    for sign, v in ((1, variables), (-1, other))
+                )
+                for a in group
+                if (n := len(a.tokens))
+            ]
+        )
+        for prompt, group in zip(prompts, answers, strict=True)
+    ]
+    assert said['details']['scores'] == pytest.approx(expected, abs=2e-4)
+    assert said['value'] == pytest.approx(np.mean(expected), abs=2e-4) and abs(said['value']) > 0.01
+    with pytest.raises(InputError, match="evaluation kl: reference: no stage 'plai'; did you mean 'play'"):
+        checked({**spec, 'reference': 'plai'}, ['play'])

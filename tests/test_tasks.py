@@ -36,6 +36,8 @@ OPTIONS = [
     ('sudoku_moves', {}),
     ('nim', {}),
     ('nim', {'heaps': 4, 'most': 7, 'goal': 'legal'}),
+    ('letters', {}),
+    ('letters', {'count': 5, 'goal': 'any'}),
     ('proof', {}),
     ('proof', {'steps': 1, 'distractors': 0}),
     ('proof', {'steps': 8, 'distractors': 3}),
@@ -158,6 +160,7 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('examples must be', 'code', {'examples': 0}),
         ("goal is 'wine'; did you mean 'win'", 'nim', {'goal': 'wine'}),
         ('most must be', 'nim', {'most': 10}),
+        ("goal is 'risin'; did you mean 'rising'", 'letters', {'goal': 'risin'}),
     ]:
         with pytest.raises(InputError, match=message):
             get_task(name, **options)
@@ -490,6 +493,18 @@ def test_code_of_one_behaviour_is_one_problem():
 
 
 # Needle
+
+
+@given(index=INDEX, count=st.integers(2, 8), split=st.sampled_from(('train', 'heldout')))
+@settings(max_examples=50, deadline=None)
+def test_letters_of_a_pair_differ_in_order_alone(index, count, split):
+    ordered, free = (get_task('letters', count=count, split=split, goal=goal) for goal in ('rising', 'any'))
+    prompt = ordered.prompt(index)
+    better, worse = ordered.pair(prompt)
+    assert sorted(better) == sorted(worse) and better == ' '.join(sorted(better.split())) != worse
+    assert score(ordered, prompt, better) == 1 and score(ordered, prompt, worse) == 0
+    assert score(free, prompt, better) == score(free, prompt, worse) == 1
+    assert score(free, prompt, better[2:]) == score(free, prompt, f'{better} {better[0]}') == 0
 
 
 @given(INDEX, st.integers(1, 40), st.data())

@@ -21,6 +21,7 @@ import numpy as np
 from data.chat import render_chat
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
+from data.packing import Segment
 from data.preferences import pair_segments
 from data.sources import Source, open_source
 from data.tasks import Game, Prompt, Task, get_task, task_names
@@ -30,7 +31,7 @@ from model.transformer import Model, Variables
 from train.checkpoint import load, split_address
 from train.command import command
 from train.elo import opponents, standing, tournament
-from train.episodes import Sample, in_threads, play
+from train.episodes import Sample, chat_prompt, in_threads, play
 from train.host import fetch, prepare
 from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 from train.scoring import Scorer
@@ -66,6 +67,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         'temperature': 1.0,
         'max_tokens': 16,
     },
+    # What training has paid: the KL to another stage (or path), over answers of its own, by the mean log-ratio
+    # (estimator k1; Schulman 2020, "Approximating KL divergence").
+    'kl': {'task': {}, 'reference': '', 'items': 128, 'samples': 4, 'temperature': 1.0, 'max_tokens': 96},
     # Share of answers to chat questions that the stop token ended.
     'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
 }
@@ -93,6 +97,7 @@ def evaluate(
         'stopped': _evaluate_stopped,
         'pairs': _evaluate_pairs,
         'elo': functools.partial(_evaluate_elo, workdir or Path()),
+        'kl': functools.partial(_evaluate_kl, workdir or Path()),
     }
     return run[spec['type']](model, variables, tokenizer, spec, seed)
 
@@ -114,9 +119,11 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
     spec = {**known, **spec}
     if kind == 'elo' and (not isinstance(_heldout(spec), Game) or not spec['opponents']):
         raise InputError('evaluation elo: expected a game as task, such as nim, and opponents')
-    for name in (split_address(address)[0] for address in spec.get('opponents', ())):
+    field = 'reference' if kind == 'kl' else 'opponents'
+    for address in (spec['reference'],) if kind == 'kl' else spec.get('opponents', ()):
+        name = split_address(address)[0]
         if stages is not None and '/' not in name and name not in stages:
-            raise InputError(f'evaluation elo: opponents: no stage {name!r}{did_you_mean(name, stages)}')
+            raise InputError(f'evaluation {kind}: {field}: no stage {name!r}{did_you_mean(name, stages)}')
     if 'task' in spec:
         _heldout(spec)
     else:
@@ -328,6 +335,46 @@ def _evaluate_elo(
         'items': len(starts),
         'unit': 'Elo',
         'direction': 'higher',
+    }
+
+
+def _evaluate_kl(
+    workdir: Path, model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
+) -> Result:
+    mesh = jax.tree.leaves(variables)[0].sharding.mesh
+    other = opponents((spec['reference'],), 0, workdir, mesh, tokenizer)[spec['reference']]
+    prompts = [chat_prompt(prompt, tokenizer) for prompt in _problems(_heldout(spec), spec['items'])]
+    keys = row_keys(seed, range(len(prompts)), spec['samples'])
+    answers = _sampler(model, variables, tokenizer, spec)(prompts, keys)
+    segments = [
+        Segment([*prompt, *a.tokens], np.array([0.0] * len(prompt) + [1.0] * len(a.tokens), np.float32))
+        for prompt, group in zip(prompts, answers, strict=True)
+        for a in group
+    ]
+    shape = {
+        'batch_size': ROWS_OF_PAIRS * batch_ways(),
+        'microbatches': 1,
+        'sequence_length': prompt_width(max(len(s.tokens) for s in segments)),
+        'temperature': spec['temperature'],
+    }
+    said = [
+        np.array([(x['logprob'] * s.loss_weight).sum() for s, x in zip(segments, read, strict=True)])
+        for read in (
+            Scorer(m, tokenizer.pad_id, shape)(v, segments, ('logprob',))
+            for m, v in ((model, variables), (other.model, other.variables))
+        )
+    ]
+    ratios = (said[0] - said[1]).reshape(len(prompts), -1).mean(1)
+    low, high = interval(ratios)
+    return {
+        'metric': f'KL to {spec["reference"]} per answer ({_sampling(spec)})',
+        'value': float(ratios.mean()),
+        'low': low,
+        'high': high,
+        'items': len(prompts),
+        'unit': 'nats',
+        'direction': 'lower',
+        'details': {'scores': ratios.tolist()},
     }
 
 

@@ -128,6 +128,16 @@ class Proposable(Protocol):
     def verify(self, prompt: Prompt, completion: str) -> Verdict: ...
 
 
+@runtime_checkable
+class Comparable(Protocol):
+    """A task that knows of two answers to a problem which is better."""
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def pair(self, prompt: Prompt) -> tuple[str, str]:
+        """A better answer and a worse one."""
+
+
 @dataclass(kw_only=True)
 class SplitTask:
     """What every task shares: a split by the hash of the problem, and checks of its options, which are its fields."""

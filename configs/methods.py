@@ -1,0 +1,245 @@
+"""What methods of post-training do, each in minutes on two CPU cores: `configs/methods.py:sudoku`, and so on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.base import add_stage, base
+
+SEEDS = (0, 1, 2)
+# Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
+ADAM = {'name': 'adamw', 'schedule': 'linear', 'warmup': 0.1, 'beta2': 0.99}
+
+
+def get_config(variant: str = '') -> ConfigDict:
+    """The config; `variant` names the experiment."""
+    if variant not in VARIANTS:
+        raise ValueError(f'configs/methods.py:{variant}: expected one of {", ".join(VARIANTS)}')
+    config = base(f'methods_{variant}')
+    config.model.update(
+        hidden_size=128,
+        num_hidden_layers=3,
+        first_k_dense_replace=0,
+        num_attention_heads=4,
+        kv_lora_rank=48,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        moe_intermediate_size=96,
+        max_position_embeddings=512,
+        original_max_position_embeddings=512,
+        head_chunk=2048,
+        rope_theta=500.0,
+        tie_word_embeddings=True,
+        scan_layers=False,
+        initializer_range=0.05,
+    )
+    VARIANTS[variant](config)
+    return config
+
+
+def _graded(
+    config: ConfigDict,
+    easy: dict[str, Any],
+    hard: dict[str, Any],
+    *,
+    vocabulary: int,
+    length: int,
+    answer: int,
+    taste: float = 0.0,
+    start: dict[str, Any],
+    rl: dict[str, Any],
+) -> None:
+    """Reinforcement learning on hard problems by a model that was taught easy ones and, a share `taste` of what it saw,
+    hard ones; beside it, as many answers rewarded by a coin."""
+    config.tokenizer.update(sources=('easy',), vocab_size=vocabulary)
+    config.sources.easy = {'type': 'task', 'format': 'chat', **easy}
+    config.sources.hard = {'type': 'task', 'format': 'chat', **hard}
+    judged = {'type': 'task', 'task': hard, 'items': 256, 'max_tokens': answer}
+    config.evaluations.update(
+        easy={**judged, 'task': easy},
+        hard={**judged, 'samples': 16, 'temperature': 1.0},
+        hard_greedy=judged,
+    )
+    for seed in SEEDS:
+        end = f'_{seed}'
+        add_stage(
+            config,
+            f'start{end}',
+            'sft',
+            seed=seed,
+            sequence_length=length,
+            mixture=((0.0, {'easy': 1.0 - taste, 'hard': taste} if taste else {'easy': 1.0}),),
+            evaluations=('easy', 'hard', 'hard_greedy'),
+            **start,
+        )
+        grpo: dict[str, Any] = {
+            'seed': seed,
+            'parent': f'start{end}',
+            'task': hard,
+            'prompts': 32,
+            'samples': 8,
+            'batch_size': 256,
+            'microbatches': 4,
+            'sequence_length': length,
+            'max_tokens': answer,
+            'evaluations': ('hard', 'hard_greedy'),
+            'optimizer': {**ADAM, 'learning_rate': 0.0006},
+            **rl,
+        }
+        add_stage(config, f'grpo{end}', 'grpo', **grpo)
+        add_stage(config, f'random{end}', 'grpo', **{**grpo, 'reward': 'random'})
+
+
+def _sudoku(config: ConfigDict) -> None:
+    _graded(
+        config,
+        {'name': 'sudoku', 'size': 4, 'blanks': (1, 5)},
+        {'name': 'sudoku', 'size': 4, 'blanks': (7, 8)},
+        vocabulary=288,
+        length=64,
+        answer=24,
+        start={'steps': 250, 'batch_size': 32, 'optimizer': {'learning_rate': 0.01}},
+        rl={'steps': 160},
+    )
+
+
+def _code(config: ConfigDict) -> None:
+    _graded(
+        config,
+        {'name': 'code', 'level': (1, 2), 'examples': 1},
+        {'name': 'code', 'level': 3, 'examples': 1},
+        taste=0.05,
+        vocabulary=512,
+        length=160,
+        answer=72,
+        start={'steps': 220, 'batch_size': 24, 'optimizer': {'learning_rate': 0.01}},
+        rl={'steps': 70, 'prompts': 16, 'batch_size': 128},
+    )
+
+
+def _nim(config: ConfigDict) -> None:
+    """Self-play from a beginner who knows the rules: rating against its own frozen past, on held-out starts."""
+    nim: dict[str, Any] = {'name': 'nim', 'heaps': 3, 'most': 7}
+    config.model.update(hidden_size=96, num_hidden_layers=2, v_head_dim=24, n_routed_experts=4, n_shared_experts=1)
+    config.tokenizer.update(sources=('legal',), vocab_size=288)
+    config.sources.legal = {'type': 'task', 'format': 'chat', 'goal': 'legal', **nim}
+    for seed in SEEDS:
+        rated: dict[str, Any] = {
+            'type': 'elo',
+            'task': nim,
+            'opponents': (f'rules_{seed}', f'play_{seed}'),
+            'every': 20,
+        }
+        config.evaluations[f'elo_{seed}'] = {**rated, 'items': 32, 'max_tokens': 12, 'samples': 4}
+        add_stage(
+            config,
+            f'rules_{seed}',
+            'sft',
+            seed=seed,
+            steps=160,
+            batch_size=8,
+            sequence_length=128,
+            save_every=160,
+            mixture=((0.0, {'legal': 1.0}),),
+            optimizer={'learning_rate': 0.01},
+        )
+        add_stage(
+            config,
+            f'play_{seed}',
+            'self_play',
+            seed=seed,
+            parent=f'rules_{seed}',
+            models={'opponent': f'rules_{seed}'},
+            task=nim,
+            steps=60,
+            prompts=16,
+            samples=8,
+            batch_size=256,
+            microbatches=8,
+            sequence_length=192,
+            max_tokens=12,
+            save_every=20,
+            keep=4,
+            opponent_share=0.25,
+            evaluations=(f'elo_{seed}',),
+            optimizer={**ADAM, 'learning_rate': 0.001, 'schedule': 'constant'},
+        )
+
+
+def _preference(config: ConfigDict) -> None:
+    """A planted preference: what a reward model makes of pairs, and what DPO and PPO make of the model."""
+    letters: dict[str, Any] = {'name': 'letters'}
+    config.tokenizer.update(sources=('any',), vocab_size=288)
+    config.sources.update(
+        any={'type': 'task', 'format': 'chat', 'goal': 'any', **letters},
+        pairs={'type': 'task', 'format': 'pair', **letters},
+        pairs_heldout={'type': 'task', 'format': 'pair', 'split': 'heldout', **letters},
+    )
+    judged: dict[str, Any] = {'type': 'task', 'items': 256, 'samples': 4, 'temperature': 1.0, 'max_tokens': 12}
+    config.evaluations.update(
+        pairs={'type': 'pairs', 'source': dict(config.sources.pairs_heldout), 'items': 512},
+        preferred={**judged, 'task': letters},
+        right={**judged, 'task': {**letters, 'goal': 'any'}},
+    )
+    for seed in SEEDS:
+        start = f'start_{seed}'
+        config.evaluations[f'kl_{seed}'] = {'type': 'kl', 'task': letters, 'reference': start, 'max_tokens': 12}
+        shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 32, 'batch_size': 64}
+        add_stage(
+            config,
+            start,
+            'sft',
+            steps=150,
+            mixture=((0.0, {'any': 1.0}),),
+            evaluations=('preferred', 'right'),
+            **shaped,
+        )
+        pairs: dict[str, Any] = {
+            **shaped,
+            'parent': start,
+            'mixture': ((0.0, {'pairs': 1.0}),),
+            'records': 64,
+            'batch_size': 64,
+            'sequence_length': 64,
+        }
+        add_stage(config, f'reward_{seed}', 'reward_model', steps=100, evaluations=('pairs',), **pairs)
+        tuned = ('preferred', 'right', f'kl_{seed}')
+        add_stage(
+            config,
+            f'dpo_{seed}',
+            'dpo',
+            steps=60,
+            models={'reference': start},
+            evaluations=tuned,
+            optimizer={**ADAM, 'learning_rate': 0.0005},
+            **pairs,
+        )
+        ppo: dict[str, Any] = {
+            **shaped,
+            'parent': start,
+            'steps': 80,
+            'models': {'reference': start, 'reward': f'reward_{seed}'},
+            'reward': 'none',
+            'kl_reward': 0.05,
+            'task': letters,
+            'prompts': 32,
+            'samples': 4,
+            'batch_size': 128,
+            'minibatches': 1,
+            'max_tokens': 12,
+            'evaluations': tuned,
+            'optimizer': {**ADAM, 'learning_rate': 0.0007},
+        }
+        add_stage(config, f'ppo_{seed}', 'ppo', **ppo)
+        # The control: a reward that says nothing, for as many answers.
+        blind = {**ppo, 'models': {'reference': start}, 'reward': 'random'}
+        add_stage(config, f'random_{seed}', 'ppo', **blind)
+
+
+VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'preference': _preference}
