@@ -1,0 +1,34 @@
+"""The experiments of configs/methods.py: every stage can be built, and a seed's arms differ in what is compared alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.methods import VARIANTS, get_config
+from train.edges import differences, needed_for
+from train.graph import Run
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_stages_of_an_experiment_can_be_built(variant: str, tmp_path: Path) -> None:
+    config = get_config(variant).to_dict()
+    run = Run(config, tmp_path)
+    for name in run.order:
+        if name.endswith('_0'):
+            run._check(name)
+    assert {name[:-2] for name in run.order if name.endswith('_0')} == {name[:-2] for name in run.order}
+
+
+@pytest.mark.parametrize('variant', ['sudoku', 'code'])
+def test_a_coin_replaces_the_reward_and_nothing_else(variant: str) -> None:
+    stages = get_config(variant).to_dict()['stages']
+    for seed in (0, 1, 2):
+        assert differences(stages[f'grpo_{seed}'], stages[f'random_{seed}'], '') == [['.reward', 'verifier', 'random']]
+        assert needed_for({'stages': stages, 'sources': {}}, f'random_{seed}') == [f'start_{seed}', f'random_{seed}']
+
+
+def test_an_unknown_experiment_is_named() -> None:
+    with pytest.raises(ValueError, match='configs/methods.py:sudok: expected one of sudoku, code'):
+        get_config('sudok')
