@@ -217,7 +217,8 @@ def _preference(config: ConfigDict) -> None:
             steps=60,
             models={'reference': start},
             evaluations=tuned,
-            optimizer={**ADAM, 'learning_rate': 0.0005},
+            loss={'beta': 0.3, 'nll': 0.5},
+            optimizer={**ADAM, 'learning_rate': 0.0003},
             **pairs,
         )
         ppo: dict[str, Any] = {

@@ -1,0 +1,56 @@
+"""Differences between evaluations, item by item and over seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.errors import InputError
+from train.compare import compare, main
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ('base_0', 'base_1', 'tuned_0', 'tuned_1'):
+        scores = rng.integers(0, 2, 40) * 0.5 + (0.25 if name.startswith('tuned') else 0.0)
+        other = {'details': {'scores': [0.0, 1.0][: 1 + name.endswith('1')]}}
+        results = {'hard': {'details': {'scores': scores.tolist()}}, 'few': other, 'text': {'details': {}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'evaluations.json').write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_differences_are_paired_and_averaged_over_seeds(stages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    read = lambda name: np.array(  # noqa: E731
+        json.loads((stages / name / 'evaluations.json').read_text())['hard']['details']['scores']
+    )
+    base, tuned = ([str(stages / f'{name}_{seed}') for seed in (0, 1)] for name in ('base', 'tuned'))
+    said = compare(base, tuned, 'hard')['hard']
+    each = [read(f'tuned_{seed}') - read(f'base_{seed}') for seed in (0, 1)]
+    assert said['seeds'] == pytest.approx([x.mean() for x in each]) and said['items'] == 40
+    assert said['difference'] == pytest.approx(np.mean(each)) and said['low'] < said['difference'] < said['high']
+    wide = 1.96 * np.mean(each, 0).std() / 40**0.5
+    assert said['high'] - said['low'] == pytest.approx(2 * wide, rel=0.15)
+    same = compare(base, base, 'hard')['hard']
+    assert same['difference'] == same['low'] == same['high'] == 0
+    assert main([base[0], tuned[0]]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line['evaluation'] for line in printed] == ['few', 'hard']
+
+
+def test_what_cannot_be_compared_is_named(stages: Path) -> None:
+    one, other = str(stages / 'base_0'), str(stages / 'base_1')
+    for message, call in [
+        ('1 stages and 2: expected as many', lambda: compare([one], [one, other])),
+        ("base_0: no evaluation 'hart' with scores; did you mean 'hard'", lambda: compare([one], [other], 'hart')),
+        ("no evaluation 'text' with scores", lambda: compare([one], [other], 'text')),
+        ('base_1: few has other items than', lambda: compare([one], [other], 'few')),
+        ('few: seeds have other items', lambda: compare([one, other], [one, other], 'few')),
+        ('evaluations.json does not exist', lambda: compare([one], [str(stages / 'none')])),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()

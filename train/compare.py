@@ -1,0 +1,92 @@
+"""What a stage changed: differences between evaluations of two checkpoints, item by item.
+
+From the command line: python -m train.compare BASE TUNED, each a stage's folder, or one for each seed with commas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import InputError, did_you_mean
+from train.checkpoint import read_json
+from train.command import command
+from train.statistics import interval
+
+
+def compare(base: Sequence[str], tuned: Sequence[str], evaluation: str = '', against: str = '') -> dict[str, Any]:
+    """By evaluation, how much higher the tuned stages score than the base stages at their sides.
+
+    Args:
+        base, tuned: folders of finished stages, seed by seed.
+        evaluation: the one to compare; '' all that both have and that score items.
+        against: the evaluation of the base, where it is another one of the same items ('' the same).
+
+    Returns:
+        {evaluation: {difference, low, high, seeds, items}}: the mean over seeds and items, its 95% bootstrap interval
+        over items (each item's mean over seeds is drawn as one), and the mean of each seed.
+
+    Raises:
+        InputError: folders that do not match; no such evaluation; other items.
+    """
+    if len(base) != len(tuned):
+        raise InputError(f'{len(base)} stages and {len(tuned)}: expected as many tuned as base ones, one for each seed')
+    scores = [(_scores(a), _scores(b)) for a, b in zip(base, tuned, strict=True)]
+    common = set.intersection(*({*before} & {*after} for before, after in scores))
+    found = {}
+    for name in [evaluation] if evaluation else sorted(common):
+        changes = []
+        for (before, after), folders in zip(scores, zip(base, tuned, strict=True), strict=True):
+            for known, wanted, folder in zip((before, after), (against or name, name), folders, strict=True):
+                if wanted not in known:
+                    raise InputError(f'{folder}: no evaluation {wanted!r} with scores{did_you_mean(wanted, known)}')
+            if len(before[against or name]) != len(after[name]):
+                raise InputError(f'{folders[1]}: {name} has other items than {folders[0]}')
+            changes.append(after[name] - before[against or name])
+        if len({len(change) for change in changes}) > 1:
+            raise InputError(f'{name}: seeds have other items')
+        items = np.mean(changes, 0)
+        low, high = interval(items)
+        seeds = [float(change.mean()) for change in changes]
+        found[name] = {'difference': float(items.mean()), 'low': low, 'high': high, 'seeds': seeds, 'items': len(items)}
+    return found
+
+
+def _scores(folder: str) -> Mapping[str, np.ndarray]:
+    path = Path(folder) / 'evaluations.json'
+    if not path.exists():
+        raise InputError(f'{path} does not exist: expected the folder of a stage that was evaluated')
+    details = {name: result['details'] for name, result in read_json(path).items()}
+    return {name: np.array(said['scores']) for name, said in details.items() if 'scores' in said}
+
+
+@command('train.compare')
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m train.compare',
+        description='How much higher one stage scores than another, item by item, with 95% bootstrap intervals.',
+    )
+    parser.add_argument('base', help='DIR/STAGE, or several with commas between them, one for each seed')
+    parser.add_argument('tuned', help='as many, in the same order')
+    parser.add_argument('--evaluation', default='', help='one evaluation (all that both have)')
+    parser.add_argument('--against', default='', help='the evaluation of BASE, where it is another one')
+    options = parser.parse_args(arguments)
+    found = compare(options.base.split(','), options.tuned.split(','), options.evaluation, options.against)
+    for name, change in found.items():
+        print(json.dumps({'evaluation': name, **{k: _rounded(v) for k, v in change.items()}}))
+    return 0
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 4)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
