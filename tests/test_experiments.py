@@ -1,4 +1,4 @@
-"""The experiments of configs/methods.py: every stage can be built, and a seed's arms differ in what is compared alone."""
+"""The experiments of configs/methods.py: every stage can be built, and arms differ in what is compared alone."""
 
 from __future__ import annotations
 
