@@ -227,7 +227,7 @@ def _preference(config: ConfigDict) -> None:
             'steps': 80,
             'models': {'reference': start, 'reward': f'reward_{seed}'},
             'reward': 'none',
-            'kl_reward': 0.05,
+            'kl_reward': 1.0,  # with 0.05 it says letters nobody asked for, in order: all that the judge has learnt
             'task': letters,
             'prompts': 32,
             'samples': 4,
