@@ -6,11 +6,12 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from data.errors import InputError
-from train.report import write_report
+from train.report import main, write_report
 
 NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
 VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}
@@ -167,3 +168,13 @@ def test_command(workdir: Path, root: Path) -> None:
     missing = call(str(workdir / 'NOSUCH'))
     assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1 and 'NOSUCH' in missing.stderr
     assert call().returncode == 2
+
+
+def test_a_figure_of_its_own(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / 'figures' / 'reward.svg'
+    assert main([str(workdir), '--figure=reward/mean', f'--output={path}']) == 0
+    figure = ElementTree.fromstring(path.read_text())
+    assert figure.tag == '{http://www.w3.org/2000/svg}svg' and figure.get('color')
+    assert 'grpo' in path.read_text() and 'pretrain' not in path.read_text()
+    assert main([str(workdir), '--figure=reward/meen']) == 1
+    assert "no stage has the metric 'reward/meen'; did you mean 'reward/mean'" in capsys.readouterr().err

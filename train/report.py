@@ -6,6 +6,7 @@ nothing, and its content policy forbids it to.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data.errors import InputError
+from data.errors import InputError, did_you_mean
+from train.command import command
 from train.figures import PALETTE, draw, metric_curves
 from train.statistics import interval
 
@@ -35,6 +37,7 @@ KINDS = {
     'merge': 'Averages the parameters of several checkpoints; nothing is trained.',
 }
 SAMPLES = 6  # shown per stage
+GREY = '#777'  # readable on white and on near-black, where no page gives a colour
 FIGURES = {  # metric: (title, note)
     'loss': (
         'Loss',
@@ -361,17 +364,41 @@ def _time(seconds: float) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith('-'):
-        print('usage: python -m train.report DIR', file=sys.stderr)
-        return 0 if arguments and arguments[0] in ('-h', '--help') else 2
-    try:
-        print(write_report(Path(arguments[0])))
-    except (InputError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+def write_figure(workdir: Path, metric: str, path: Path) -> None:
+    """Writes the curves of one metric, of all stages that logged it, as an SVG file of its own.
+
+    Raises:
+        InputError: see `write_report`; no stage has the metric.
+    """
+    names = [stage['name'] for stage in _read_lineage(workdir / 'lineage.json')['stages']]
+    metrics = {name: _read_metrics(workdir / name / 'metrics.jsonl') for name in names}
+    shown = [name for name in names if any(metric in line for line in metrics[name])]
+    known = sorted({key for lines in metrics.values() for line in lines for key in line})
+    if not shown:
+        raise InputError(f'{workdir}: no stage has the metric {metric!r}{did_you_mean(metric, known)}')
+    colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(shown)}
+    svg = draw(metric_curves({name: metrics[name] for name in shown}, metric, colours), metric, 'figure')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(svg.replace('<svg ', f'<svg xmlns="http://www.w3.org/2000/svg" color="{GREY}" ', 1), 'utf-8')
+
+
+@command('train.report')
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m train.report', description='Write DIR/report.html, or the curves of one metric, of a run.'
+    )
+    parser.add_argument('workdir', metavar='DIR', type=Path, help="the run's --workdir")
+    parser.add_argument('--figure', default='', metavar='METRIC', help='one metric, such as reward/mean, as SVG')
+    parser.add_argument('--output', type=Path, default=Path('figure.svg'), help='where the figure goes (figure.svg)')
+    options = parser.parse_args(arguments)
+    if options.figure:
+        write_figure(options.workdir, options.figure, options.output)
+        print(options.output)
+    else:
+        print(write_report(options.workdir))
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
