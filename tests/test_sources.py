@@ -82,6 +82,9 @@ class TestOpen:
 
     def test_proposals_are_answers(self):
         """What asks for a problem is answered by one of the training split."""
+        pair = open_source({'type': 'task', 'name': 'letters', 'format': 'pair'})[5]
+        assert pair['chosen'] != pair['rejected'] and sorted(pair['chosen']) == sorted(pair['rejected'])
+        assert set(pair['chosen'].split()) < set(pair['prompt'].strip('.').split())
         source = open_source({'type': 'task', 'name': 'arithmetic', 'format': 'proposal'})
         asked, said = source[3]['messages']
         assert asked['content'] == source.task.invitation == source[4]['messages'][0]['content']
@@ -119,7 +122,8 @@ class TestOpen:
             ({'type': 'jsonl'}, "'path' is missing"),
             ({'type': 'jsonl', 'path': '/none', 'feild': 'x'}, "no option 'feild'; did you mean 'field'"),
             ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
-            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'expected text, completion, chat or proposal'),
+            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'chat, proposal or pair'),
+            ({'type': 'task', 'name': 'sudoku', 'format': 'pair'}, "pairs of answers, not 'sudoku'"),
             ({'type': 'task', 'name': 'sudoku', 'format': 'proposal'}, "takes proposals, not 'sudoku'"),
             ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),
             ({'type': 'repeats', 'words': (5, 2)}, 'words .5, 2.: expected .least, most.'),
