@@ -130,25 +130,12 @@ def _nim(config: ConfigDict) -> None:
     config.tokenizer.update(sources=('legal',), vocab_size=288)
     config.sources.legal = {'type': 'task', 'format': 'chat', 'goal': 'legal', **nim}
     for seed in SEEDS:
-        rated: dict[str, Any] = {
-            'type': 'elo',
-            'task': nim,
-            'opponents': (f'rules_{seed}', f'play_{seed}'),
-            'every': 20,
-        }
-        config.evaluations[f'elo_{seed}'] = {**rated, 'items': 32, 'max_tokens': 12, 'samples': 4}
-        add_stage(
-            config,
-            f'rules_{seed}',
-            'sft',
-            seed=seed,
-            steps=160,
-            batch_size=8,
-            sequence_length=128,
-            save_every=160,
-            mixture=((0.0, {'legal': 1.0}),),
-            optimizer={'learning_rate': 0.01},
-        )
+        rated: dict[str, Any] = {'type': 'elo', 'task': nim, 'opponents': (f'rules_{seed}', f'play_{seed}')}
+        config.evaluations[f'elo_{seed}'] = {**rated, 'every': 20, 'items': 32, 'max_tokens': 12, 'samples': 4}
+        beginner: dict[str, Any] = {'steps': 160, 'save_every': 160, 'batch_size': 8, 'sequence_length': 128}
+        legal = ((0.0, {'legal': 1.0}),)
+        rules = {**beginner, 'seed': seed, 'mixture': legal, 'optimizer': {'learning_rate': 0.01}}
+        add_stage(config, f'rules_{seed}', 'sft', **rules)
         add_stage(
             config,
             f'play_{seed}',
@@ -191,21 +178,13 @@ def _preference(config: ConfigDict) -> None:
         start = f'start_{seed}'
         config.evaluations[f'kl_{seed}'] = {'type': 'kl', 'task': letters, 'reference': start, 'max_tokens': 12}
         shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 32, 'batch_size': 64}
-        add_stage(
-            config,
-            start,
-            'sft',
-            steps=150,
-            mixture=((0.0, {'any': 1.0}),),
-            evaluations=('preferred', 'right'),
-            **shaped,
-        )
+        taught = {'steps': 150, 'mixture': ((0.0, {'any': 1.0}),), 'evaluations': ('preferred', 'right')}
+        add_stage(config, start, 'sft', **taught, **shaped)
         pairs: dict[str, Any] = {
             **shaped,
             'parent': start,
             'mixture': ((0.0, {'pairs': 1.0}),),
             'records': 64,
-            'batch_size': 64,
             'sequence_length': 64,
         }
         add_stage(config, f'reward_{seed}', 'reward_model', steps=100, evaluations=('pairs',), **pairs)
