@@ -30,6 +30,33 @@ def base(name: str) -> ConfigDict:
     return config
 
 
+def small(name: str, context: int) -> ConfigDict:
+    """A config for two CPU cores: a model of about a million parameters beside its embeddings, half of them active."""
+    config = base(name)
+    config.model.update(
+        hidden_size=128,
+        num_hidden_layers=3,
+        first_k_dense_replace=0,
+        num_attention_heads=4,
+        kv_lora_rank=48,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=2,
+        moe_intermediate_size=96,
+        max_position_embeddings=context,
+        original_max_position_embeddings=context,
+        head_chunk=2048,
+        rope_theta=500.0,
+        tie_word_embeddings=True,
+        scan_layers=False,
+        initializer_range=0.05,
+    )
+    return config
+
+
 def large(name: str, topology: str, vocabulary: int, expert: int = 1) -> ConfigDict:
     """A config of the DeepSeek family for many chips, its sizes to be filled in.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import add_stage, base
+from configs.base import add_stage, small
 
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
 
@@ -27,29 +27,9 @@ def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` is '' or 'study'."""
     if variant not in ('', 'study'):
         raise ValueError(f'configs/demo.py:{variant}: expected no variant, or study')
-    config = base('demo')
+    config = small('demo', LONG)
     config.tokenizer.update(sources=('stdlib', 'arithmetic', 'story'), vocab_size=2048)
-    config.model.update(
-        hidden_size=128,
-        num_hidden_layers=3,
-        first_k_dense_replace=0,
-        num_attention_heads=4,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=2,
-        moe_intermediate_size=96,
-        max_position_embeddings=LONG,
-        original_max_position_embeddings=SHORT,
-        head_chunk=2048,
-        rope_theta=500.0,
-        tie_word_embeddings=True,
-        scan_layers=False,
-        initializer_range=0.05,
-    )
+    config.model.update(kv_lora_rank=64, qk_nope_head_dim=32, original_max_position_embeddings=SHORT)
     config.sources.update(
         stdlib={'type': 'stdlib', 'piece': 2000},
         instructions={'type': 'stdlib_instructions'},

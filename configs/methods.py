@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import add_stage, base
+from configs.base import add_stage, small
 
 SEEDS = (0, 1, 2)
 # Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
@@ -17,28 +17,7 @@ def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the experiment."""
     if variant not in VARIANTS:
         raise ValueError(f'configs/methods.py:{variant}: expected one of {", ".join(VARIANTS)}')
-    config = base(f'methods_{variant}')
-    config.model.update(
-        hidden_size=128,
-        num_hidden_layers=3,
-        first_k_dense_replace=0,
-        num_attention_heads=4,
-        kv_lora_rank=48,
-        qk_nope_head_dim=24,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=2,
-        moe_intermediate_size=96,
-        max_position_embeddings=512,
-        original_max_position_embeddings=512,
-        head_chunk=2048,
-        rope_theta=500.0,
-        tie_word_embeddings=True,
-        scan_layers=False,
-        initializer_range=0.05,
-    )
+    config = small(f'methods_{variant}', 512)
     VARIANTS[variant](config)
     return config
 
