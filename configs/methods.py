@@ -98,7 +98,7 @@ def _code(config: ConfigDict) -> None:
         length=160,
         answer=72,
         start={'steps': 220, 'batch_size': 24, 'optimizer': {'learning_rate': 0.01}},
-        rl={'steps': 70, 'prompts': 16, 'batch_size': 128},
+        rl={'steps': 70, 'prompts': 16, 'batch_size': 128, 'sequence_length': 176},  # prompts of up to 100 tokens
     )
 
 

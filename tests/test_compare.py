@@ -37,6 +37,11 @@ def test_differences_are_paired_and_averaged_over_seeds(stages: Path, capsys: py
     assert said['high'] - said['low'] == pytest.approx(2 * wide, rel=0.15)
     same = compare(base, base, 'hard')['hard']
     assert same['difference'] == same['low'] == same['high'] == 0
+    between = compare(base, tuned, 'hard', between=(0.5, 1.0))['hard']
+    chosen = [read(f'base_{seed}') >= 0.5 for seed in (0, 1)]
+    pooled = np.concatenate([x[c] for x, c in zip(each, chosen, strict=True)])
+    assert between['difference'] == pytest.approx(pooled.mean()) and between['items'] == sum(chosen[0] | chosen[1])
+    assert between['levels'] == pytest.approx([read(f'tuned_{s}')[chosen[s]].mean() for s in (0, 1)])
     assert main([base[0], tuned[0]]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line['evaluation'] for line in printed] == ['few', 'hard']
@@ -50,6 +55,7 @@ def test_what_cannot_be_compared_is_named(stages: Path) -> None:
         ("no evaluation 'text' with scores", lambda: compare([one], [other], 'text')),
         ('base_1: few has other items than', lambda: compare([one], [other], 'few')),
         ('few: seeds have other items', lambda: compare([one, other], [one, other], 'few')),
+        ('hard has no item between', lambda: compare([one], [other], 'hard', between=(0.1, 0.2))),
         ('evaluations.json does not exist', lambda: compare([one], [str(stages / 'none')])),
     ]:
         with pytest.raises(InputError, match=message):

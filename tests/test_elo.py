@@ -15,11 +15,11 @@ from test_rollout import model
 from text import small_tokenizer
 
 from data.errors import InputError
-from data.tasks import Game, get_task
+from data.tasks import Game, different, get_task
 from train.checkpoint import Checkpoints
 from train.elo import DRAWS, elo, standing, tournament
 from train.episodes import chat_prompt
-from train.evaluate import _problems, checked, evaluate
+from train.evaluate import checked, evaluate
 from train.sampler import row_keys, sample_tokens
 
 NIM = {'name': 'nim', 'heaps': 2, 'most': 3}
@@ -139,7 +139,7 @@ def test_kl_is_the_mean_log_ratio_over_own_answers(workdir: Path) -> None:
     assert evaluate(own, other, tokenizer, spec, workdir=workdir)['value'] == pytest.approx(0, abs=1e-5)
     said = evaluate(own, variables, tokenizer, spec, workdir=workdir)
     task = get_task('nim', split='heldout', **{k: v for k, v in NIM.items() if k != 'name'})
-    prompts = [chat_prompt(prompt, tokenizer) for prompt in _problems(task, 2)]
+    prompts = [chat_prompt(prompt, tokenizer) for prompt in different(task, 2)]
     settings = {'samples': 3, 'temperature': 1.0, 'max_tokens': 4}
     answers = sample_tokens(own, variables, tokenizer, prompts, **settings, keys=row_keys(0, range(2), 3))
     logprob = jax.jit(lambda v, tokens: own.apply(v, tokens).logprob)

@@ -199,6 +199,8 @@ def test_a_task_is_measured_on_its_heldout_split(model: Any) -> None:
     different = list(dict.fromkeys(heldout.prompt(i).text for i in range(20)))
     assert [s['prompt'] for s in result['samples']] == different[:3]
     assert measured(model, spec) == result
+    trained = measured(model, {**spec, 'task': {**TASK, 'split': 'train'}})
+    assert trained['samples'][0]['prompt'] == get_task(**TASK).prompt(0).text
 
 
 def test_problems_are_different_and_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,15 @@ def test_steps_pose_new_problems_and_a_step_repeats_itself() -> None:
     assert before['sample']['prompt'] == 'say 0'
 
 
+def test_a_pool_of_problems_is_posed_again_with_other_draws() -> None:
+    pool = stream(problems=2)
+    (_, first), (_, second) = (pool.next(step, model()[1]) for step in (0, 1))  # three problems a step
+    assert [first['sample']['prompt'], second['sample']['prompt']] == ['say 0', 'say 1']
+    keys = stream(problems=1)
+    said = [keys.next(step, model()[1])[1]['sample']['completion'] for step in (0, 1)]
+    assert said[0] != said[1]
+
+
 @pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [

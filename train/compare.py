@@ -20,17 +20,25 @@ from train.command import command
 from train.statistics import interval
 
 
-def compare(base: Sequence[str], tuned: Sequence[str], evaluation: str = '', against: str = '') -> dict[str, Any]:
+def compare(
+    base: Sequence[str],
+    tuned: Sequence[str],
+    evaluation: str = '',
+    against: str = '',
+    between: tuple[float, float] | None = None,
+) -> dict[str, Any]:
     """By evaluation, how much higher the tuned stages score than the base stages at their sides.
 
     Args:
         base, tuned: folders of finished stages, seed by seed.
         evaluation: the one to compare; '' all that both have and that score items.
         against: the evaluation of the base, where it is another one of the same items ('' the same).
+        between: only items on which the base of that seed scores in this range, its ends included.
 
     Returns:
-        {evaluation: {difference, low, high, seeds, items}}: the mean over seeds and items, its 95% bootstrap interval
-        over items (each item's mean over seeds is drawn as one), and the mean of each seed.
+        {evaluation: {difference, low, high, seeds, levels, items}}: the mean over seeds and items, its 95% bootstrap
+        interval over items (each item's mean over the seeds that have it is drawn as one), the mean difference of each
+        seed and the mean score of its tuned stage.
 
     Raises:
         InputError: folders that do not match; no such evaluation; other items.
@@ -41,20 +49,33 @@ def compare(base: Sequence[str], tuned: Sequence[str], evaluation: str = '', aga
     common = set.intersection(*({*before} & {*after} for before, after in scores))
     found = {}
     for name in [evaluation] if evaluation else sorted(common):
-        changes = []
+        changes, levels = [], []
         for (before, after), folders in zip(scores, zip(base, tuned, strict=True), strict=True):
             for known, wanted, folder in zip((before, after), (against or name, name), folders, strict=True):
                 if wanted not in known:
                     raise InputError(f'{folder}: no evaluation {wanted!r} with scores{did_you_mean(wanted, known)}')
             if len(before[against or name]) != len(after[name]):
                 raise InputError(f'{folders[1]}: {name} has other items than {folders[0]}')
-            changes.append(after[name] - before[against or name])
+            start = before[against or name]
+            chosen = (start >= between[0]) & (start <= between[1]) if between else np.ones(len(start), bool)
+            if not chosen.any():
+                raise InputError(f'{folders[0]}: {against or name} has no item between {between}')
+            changes.append(np.where(chosen, after[name] - start, np.nan))
+            levels.append(float(after[name][chosen].mean()))
         if len({len(change) for change in changes}) > 1:
             raise InputError(f'{name}: seeds have other items')
-        items = np.mean(changes, 0)
-        low, high = interval(items)
-        seeds = [float(change.mean()) for change in changes]
-        found[name] = {'difference': float(items.mean()), 'low': low, 'high': high, 'seeds': seeds, 'items': len(items)}
+        held = ~np.isnan(changes)
+        seen = held.any(0)
+        means, counts = np.nansum(changes, 0)[seen] / held.sum(0)[seen], held.sum(0)[seen]
+        low, high = interval(means, counts)
+        found[name] = {
+            'difference': float(np.average(means, weights=counts)),
+            'low': low,
+            'high': high,
+            'seeds': [float(np.nanmean(change)) for change in changes],
+            'levels': levels,
+            'items': len(means),
+        }
     return found
 
 
@@ -77,8 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('tuned', help='as many, in the same order')
     parser.add_argument('--evaluation', default='', help='one evaluation (all that both have)')
     parser.add_argument('--against', default='', help='the evaluation of BASE, where it is another one')
+    parser.add_argument('--between', nargs=2, type=float, help='only items on which BASE scores in this range')
     options = parser.parse_args(arguments)
-    found = compare(options.base.split(','), options.tuned.split(','), options.evaluation, options.against)
+    base, tuned = options.base.split(','), options.tuned.split(',')
+    found = compare(base, tuned, options.evaluation, options.against, options.between)
     for name, change in found.items():
         print(json.dumps({'evaluation': name, **{k: _rounded(v) for k, v in change.items()}}))
     return 0

@@ -24,7 +24,7 @@ from data.mixture import as_dict
 from data.packing import Segment
 from data.preferences import pair_segments
 from data.sources import Source, open_source
-from data.tasks import Game, Prompt, Task, get_task, task_names
+from data.tasks import Game, Task, different, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
@@ -40,10 +40,10 @@ from train.statistics import interval, pass_at_k
 Result = dict[str, Any]
 
 ROWS_OF_PAIRS = 8  # answers of pairs that a device reads at a time
-DRAWS = 16  # of problems for each item wanted, before a task is said to have no more
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # Share of different problems of a task's held-out split answered rightly.
+    # Share of problems of a task's held-out split answered rightly; all are different, as one that is asked twice would
+    # make intervals too narrow. The task's options may name its train split instead, where that is what one asks.
     'task': {
         'task': {},
         'format': 'chat',
@@ -117,7 +117,7 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
         if name not in known:
             raise InputError(f'evaluation {kind}: no field {name!r}{did_you_mean(name, known)}')
     spec = {**known, **spec}
-    if kind == 'elo' and (not isinstance(_heldout(spec), Game) or not spec['opponents']):
+    if kind == 'elo' and (not isinstance(_task(spec), Game) or not spec['opponents']):
         raise InputError('evaluation elo: expected a game as task, such as nim, and opponents')
     field = 'reference' if kind == 'kl' else 'opponents'
     for address in (spec['reference'],) if kind == 'kl' else spec.get('opponents', ()):
@@ -125,28 +125,16 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
         if stages is not None and '/' not in name and name not in stages:
             raise InputError(f'evaluation {kind}: {field}: no stage {name!r}{did_you_mean(name, stages)}')
     if 'task' in spec:
-        _heldout(spec)
+        _task(spec)
     else:
         open_source(spec['source'])
     return spec
 
 
-def _heldout(spec: dict[str, Any]) -> Task:
-    """The held-out split of an evaluation's task."""
-    options = as_dict(spec['task'])
-    return get_task(options.pop('name', ''), split='heldout', **options)
-
-
-def _problems(task: Task, count: int) -> list[Prompt]:
-    """The first `count` different problems, as a repeated one would make intervals too narrow; fewer where a task's
-    options leave fewer."""
-    different: dict[str, Prompt] = {}
-    for index in range(DRAWS * count):
-        prompt = task.prompt(index)
-        different.setdefault(prompt.text, prompt)
-        if len(different) == count:
-            break
-    return list(different.values())
+def _task(spec: dict[str, Any]) -> Task:
+    """An evaluation's task: its held-out split, unless the options name another one."""
+    options = {'split': 'heldout', **as_dict(spec['task'])}
+    return get_task(options.pop('name', ''), **options)
 
 
 def _spread(source: Source, count: int) -> list[Any]:
@@ -184,8 +172,8 @@ def _sampling(spec: dict[str, Any]) -> str:
 
 
 def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
-    task = _heldout(spec)
-    prompts = _problems(task, spec['items'])
+    task = _task(spec)
+    prompts = different(task, spec['items'])
     n = spec['samples']
 
     sample = _sampler(model, variables, tokenizer, spec)
@@ -325,9 +313,9 @@ def _evaluate_elo(
     others = opponents(spec['opponents'], spec['every'], workdir, mesh, tokenizer)
     players = [_sampler(x.model, x.variables, tokenizer, spec) for x in others.values()]
     players.append(_sampler(model, variables, tokenizer, spec))
-    task = _heldout(spec)
+    task = _task(spec)
     assert isinstance(task, Game)
-    starts = _problems(task, spec['items'])
+    starts = different(task, spec['items'])
     wins = tournament(players, task, starts, spec['samples'], tokenizer, seed)
     return {
         'metric': f'Elo above {next(iter(others))} ({_sampling(spec)})',
@@ -343,7 +331,7 @@ def _evaluate_kl(
 ) -> Result:
     mesh = jax.tree.leaves(variables)[0].sharding.mesh
     other = opponents((spec['reference'],), 0, workdir, mesh, tokenizer)[spec['reference']]
-    prompts = [chat_prompt(prompt, tokenizer) for prompt in _problems(_heldout(spec), spec['items'])]
+    prompts = [chat_prompt(prompt, tokenizer) for prompt in different(_task(spec), spec['items'])]
     keys = row_keys(seed, range(len(prompts)), spec['samples'])
     answers = _sampler(model, variables, tokenizer, spec)(prompts, keys)
     segments = [

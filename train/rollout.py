@@ -14,7 +14,7 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Batch, Segment, empty_batch, pack
 from data.stream import State
-from data.tasks import Prompt, Task
+from data.tasks import Prompt, Task, different
 from data.tokenizer import Tokenizer
 from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
@@ -98,6 +98,7 @@ class RolloutStream:
         self._others, self._stamps = dict(others or {}), tuple(stamps)
         self._strict: Sequence[Task | None] = strict or [None] * len(tasks)
         self._levels = Levels(tasks, seed, c['curriculum'])
+        self._pools = [different(task, c['problems']) if c['problems'] else [] for task in tasks]
         self._updates = c['epochs'] * c['minibatches']
         self._scorers = {
             role: Scorer(other.model, tokenizer.pad_id, c)
@@ -190,8 +191,12 @@ class RolloutStream:
         numbers = self._numbers()
         levels = [self._levels.choose(number) for number in numbers]
         tasks = [self._levels.tasks[level] for level in levels]
-        prompts = [task.prompt(number) for task, number in zip(tasks, numbers, strict=True)]
+        prompts = [self._prompt(level, number) for level, number in zip(levels, numbers, strict=True)]
         return [Problem(*fields) for fields in zip(numbers, levels, tasks, prompts, strict=True)]
+
+    def _prompt(self, level: int, number: int) -> Prompt:
+        pool = self._pools[level]
+        return pool[number % len(pool)] if pool else self._levels.tasks[level].prompt(number)
 
     def _numbers(self) -> range:
         """Numbers of the next `prompts` problems, which no other has."""

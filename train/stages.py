@@ -150,6 +150,7 @@ def _reinforcement(
         'process_coefficient': 0.0,  # times the score of each judged step, where it ends
         'algorithm': 'grpo',  # see `train.algorithms`
         'weighting': 'token',  # tokens count alike in the batch; or 'answer': answers do; or 'constant': 1 / max_tokens
+        'problems': 0,  # of each level, posed again and again; 0: always new ones
         'prompts': 32,
         'samples': 8,
         'temperature': 1.0,

@@ -18,6 +18,7 @@ from data.errors import InputError, did_you_mean
 SPLITS = ('train', 'heldout')
 HELDOUT_ONE_IN = 10
 MAX_DRAWS = 10_000  # before an option set is declared to have no problem in the split
+DRAWS = 16  # for each problem wanted that is unlike the others, before a task is said to have no more
 BLANK = ' \t\r\n'
 ANSWER = 'Answer:'
 ILLEGAL = 'an illegal move'
@@ -290,3 +291,14 @@ def get_task(name: str, split: str = 'train', **options: Any) -> Task:
         if option not in known:
             raise InputError(f'task {name!r}: unknown option {option!r}{did_you_mean(option, known)}')
     return cls(split=split, **options)
+
+
+def different(task: Task, count: int) -> list[Prompt]:
+    """The first `count` different problems of a task; fewer where its options leave fewer."""
+    found: dict[str, Prompt] = {}
+    for index in range(DRAWS * count):
+        prompt = task.prompt(index)
+        found.setdefault(prompt.text, prompt)
+        if len(found) == count:
+            break
+    return list(found.values())
