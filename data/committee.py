@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data.chat import Message
 from data.errors import InputError, did_you_mean
 from data.files import Record
@@ -71,6 +73,7 @@ class Tally(NamedTuple):
     cost: Cost
 
 
+Interval = Callable[[np.ndarray], tuple[float, float]]  # of a mean over items, such as `train.statistics.interval`
 Judge = Callable[[Sequence[Item], int], list[Vote]]  # (items, seed) -> a vote on each
 Rule = Callable[[Mapping[str, Vote]], Vote]  # the votes on one item by name of the judge -> that of the committee
 Ask = Callable[
@@ -288,6 +291,29 @@ def report(tallies: Sequence[Tally]) -> dict[str, Any]:
         'agreement': agreement(votes),
         'cost': {name: dict(spent) for name, spent in cost.items()},
     }
+
+
+def precision(ballots: Sequence[Ballot], truth: str, interval: Interval) -> dict[str, Any]:
+    """What the vote is worth beside single judges: of the answers that the committee accepts the share that the judge
+    `truth` accepts, and that share of as many answers that each other judge scores highest.
+
+    Returns {accepted: their number, committee: share, judges: {name: {share, gain, low, high}}}; `gain` is how much
+    larger the committee's share is, with its `interval` over answers. Answers on which `truth` abstains are left out.
+    """
+    known = [ballot for ballot in ballots if ballot.votes[truth].accept is not None]
+    right = np.array([bool(ballot.votes[truth].accept) for ballot in known])
+    kept = np.array([bool(ballot.verdict.accept) for ballot in known])
+    count = int(kept.sum())
+    told: dict[str, Any] = {'accepted': count, 'committee': _share(int((right & kept).sum()), count), 'judges': {}}
+    for name in known[0].votes if count else ():
+        if name != truth:
+            scores = np.array([b.votes[name].score if b.votes[name].accept is not None else -1.0 for b in known])
+            best = np.isin(np.arange(len(known)), np.argsort(-scores, kind='stable')[:count])
+            gain = (right & kept).astype(float) - (right & best)
+            low, high = interval(gain * len(known) / count)
+            share = float((right & best).sum() / count)
+            told['judges'][name] = {'share': share, 'gain': float(gain.sum() / count), 'low': low, 'high': high}
+    return told
 
 
 def rates(votes: Sequence[Vote]) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.committee import Compare, Generator, Messages, Pair, fold, question, transcript
+from data.committee import Compare, Generator, Interval, Messages, Pair, fold, question, transcript
 from data.errors import InputError
 from data.files import Record
 
@@ -31,8 +31,6 @@ REVISION_TEMPLATE = """An answer to this conversation was criticised by a princi
 <critique>{critique}</critique>
 Write the answer anew so that the critique no longer applies, and keep all that was good about it. Reply with the new
 answer and nothing else."""
-
-Interval = Callable[[np.ndarray], tuple[float, float]]
 
 CONTRAST_FIELDS = ('id', 'prompt', 'type', 'label')
 LABELS = ('safe', 'unsafe')

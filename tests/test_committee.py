@@ -32,6 +32,7 @@ from data import committee as module
 from data import endpoint as endpoint_module
 from data.chat import render_chat
 from data.committee import (
+    Ballot,
     Item,
     Messages,
     PromptJudge,
@@ -44,6 +45,7 @@ from data.committee import (
     fold,
     log_odds,
     majority,
+    precision,
     prefer,
     report,
     scored,
@@ -572,6 +574,31 @@ def test_filtered_keeps_what_the_vote_accepts_and_says_where_it_is_from() -> Non
     assert said['judges']['verifier'] == {'accepted': 0.75, 'abstained': 4 / 24}
     assert said['judges']['mute'] == {'accepted': None, 'abstained': 1.0}
     assert said['agreement']['alpha'] == 1.0 and said['agreement']['pairs']['verifier, mute'] is None
+
+
+def test_a_vote_is_compared_with_single_judges_at_equal_accept_rate() -> None:
+    """Three judges who each err on other answers: of four wrong ones each likes one best, and the vote none."""
+
+    def ballot(good: bool | None, *scores: float) -> Ballot:
+        votes = {str(i): Vote(score > 0.5, score) for i, score in enumerate(scores)}
+        return Ballot('g', majority()(votes), {**votes, 'truth': Vote(good)})
+
+    ballots = [
+        *(ballot(True, 0.8, 0.7, 0.6) for _ in range(3)),
+        ballot(True, 0.8, 0.6, 0.4),
+        ballot(False, 0.9, 0.1, 0.2),
+        ballot(False, 0.3, 0.9, 0.2),
+        ballot(False, 0.1, 0.1, 0.9),
+        ballot(None, 1.0, 1.0, 1.0),
+    ]
+    said = precision(ballots, 'truth', interval)
+    assert said['accepted'] == 4 and said['committee'] == 1.0 and set(said['judges']) == {'0', '1', '2'}
+    for name, share in (('0', 0.75), ('1', 0.75), ('2', 0.75)):
+        judge = said['judges'][name]
+        assert judge['share'] == share and judge['gain'] == pytest.approx(1 - share)
+        assert judge['low'] <= judge['gain'] <= judge['high']
+    nobody = [ballot(True, 0.1, 0.1, 0.1)]
+    assert precision(nobody, 'truth', interval) == {'accepted': 0, 'committee': None, 'judges': {}}
 
 
 def test_equal_members_draw_with_seeds_of_their_own() -> None:

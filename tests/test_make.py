@@ -164,6 +164,17 @@ def test_attempts_keep_what_the_committee_accepts(server: Server, tmp_path: Path
     assert len(server.asked) == asked
 
 
+def test_the_truth_has_no_vote(server: Server, tmp_path: Path, tokenizer_path: str) -> None:
+    server.script = half_right
+    judges = {'right': {'type': 'verifier'}, 'kind': {'type': 'prompt', 'model': 'critic'}}
+    fields = {'others': ('critic',), 'judges': judges, 'rule': 'weighted', 'weights': {'kind': -1.0}, 'truth': 'right'}
+    Run(configured(functools.partial(add_answers, url=server.url, **fields), tokenizer_path), tmp_path)('made')
+    made = records(tmp_path / 'made')
+    assert made and all(r['provenance']['votes']['right'][0] is False for r in made)  # what the critic refuses is kept
+    said = read_json(tmp_path / 'made' / 'report.json')
+    assert said['precision']['committee'] == 0.0 and said['precision']['judges']['kind']['share'] == 1.0
+
+
 def test_the_best_answer_of_each_prompt() -> None:
     def record(prompt: int, score: float, *given: float | None) -> dict[str, Any]:
         votes = {str(i): list(Vote(None) if x is None else Vote(True, x)) for i, x in enumerate(given)}
@@ -422,6 +433,7 @@ def test_models_of_two_shapes_are_not_merged(trained: Path) -> None:
         ('attempts', {'rule': 'majorty'}, "rule is 'majorty'; did you mean 'majority'"),
         ('attempts', {'rule': 'weighted', 'weights': {'b': 1.0}}, "weights: none for judge 'a'"),
         ('attempts', {'select': 'some'}, "select is 'some'"),
+        ('attempts', {'truth': 'rihgt'}, "truth is 'rihgt'; expected one of a"),
         ('label', {'judges': {}}, 'judges is empty'),
         ('revise', {}, 'expected a text file of principles'),
     ],

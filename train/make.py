@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.committee import Ballot, Cost, Messages, Tally, Vote, fold, metered, report
+from data.committee import Ballot, Cost, Messages, Tally, Vote, fold, metered, precision, report
 from data.errors import InputError
 from data.files import Record
 from data.mixture import as_dict
@@ -21,6 +21,7 @@ from train.checkpoint import read_json, write_json
 from train.members import Members
 from train.progress import Progress
 from train.recipes import Block, Made, Recipe
+from train.statistics import interval
 
 RECORDS = 'records'
 
@@ -42,6 +43,7 @@ class Maker:
 
     Attributes:
         blocks: how many there are.
+        truth: the judge whose word counts as true, '' for none.
     """
 
     def __init__(self, config: Mapping[str, Any], recipe: Recipe, members: Members, source: Source | None, seed: int):
@@ -67,6 +69,7 @@ class Maker:
         if source is not None and not isinstance(source, Awaited) and len(source) < config['prompts']:
             raise InputError(f'prompts is {config["prompts"]}: source {config["source"]!r} has {len(source)} records')
         self.blocks = -(-config['prompts'] // config['block'])
+        self.truth: str = config.get('truth', '')
         recipe(config, members, Block([], self._task, [], seed))
         members.no_others()
 
@@ -134,13 +137,14 @@ def write_records(maker: Maker, folder: Path, name: str) -> dict[str, Any]:
             said = read_json(path.with_suffix('.json'))
             seen.update(_digest(json.loads(line)) for line in path.read_text().splitlines())
             duplicates += said['duplicates']
-            answers, ballots, cost = said['tally']
-            votes = [
-                Ballot(g, Vote(*verdict), {j: Vote(*v) for j, v in given.items()}) for g, verdict, given in ballots
-            ]
+            answers, cast, cost = said['tally']
+            votes = [Ballot(g, Vote(*verdict), {j: Vote(*v) for j, v in given.items()}) for g, verdict, given in cast]
             tallies.append(Tally(answers, votes, cost))
             progress.update(number + 1, _total([cost], 'tokens'), records=len(seen))
     told = report(tallies)
+    if maker.truth:
+        ballots = [ballot for tally in tallies for ballot in tally.ballots]
+        told['precision'] = precision(ballots, maker.truth, interval)
     costs = [tally.cost for tally in tallies]
     told |= {'records': len(seen), 'duplicates': duplicates, 'yield': len(seen) / told['answers']}
     write_json(folder / 'report.json', told)

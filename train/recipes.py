@@ -83,7 +83,13 @@ def attempts(c: Mapping[str, Any], members: Members, block: Block) -> Made:
     for field, known in (('select', ('all', 'best')), ('format', FORMATS), ('rule', RULES)):
         if c[field] not in known:
             raise InputError(f'{field} is {c[field]!r}{did_you_mean(c[field], known)}')
-    judges, rule = _judges(c, members, block, JUDGES), RULES[c['rule']](c)
+    judges, decide = _judges(c, members, block, JUDGES), RULES[c['rule']](c)
+    if c['truth'] and c['truth'] not in judges:
+        raise InputError(f'truth is {c["truth"]!r}{did_you_mean(c["truth"], judges)}')
+
+    def rule(votes: Mapping[str, Vote]) -> Vote:
+        return decide({name: vote for name, vote in votes.items() if name != c['truth']})
+
     rule(dict.fromkeys(judges, Vote(True)))  # where one has no weight, that shows now
     records, tally = committee.filtered(block.prompts, members.generators(), judges, rule, c['samples'], block.seed)
     kept = best(records) if c['select'] == 'best' else records

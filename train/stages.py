@@ -246,7 +246,16 @@ KINDS: dict[str, Kind] = {
     'proposer_solver': _reinforcement(stream=proposals, invalid_reward=-0.5),
     # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
-        {**MAKE, **_JUDGES, 'rule': 'majority', 'quorum': 1, 'weights': {}, 'select': 'all', 'format': 'chat'},
+        {
+            **MAKE,
+            **_JUDGES,
+            'rule': 'majority',
+            'quorum': 1,
+            'weights': {},
+            'truth': '',  # a judge who is asked and has no vote: the report says how often the others are right
+            'select': 'all',
+            'format': 'chat',
+        },
         make=making(attempts),
     ),
     'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=making(revisions)),
