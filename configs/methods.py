@@ -33,9 +33,10 @@ def _graded(
     taste: float = 0.0,
     start: dict[str, Any],
     rl: dict[str, Any],
+    arms: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Reinforcement learning on hard problems by a model that was taught easy ones and, a share `taste` of what it saw,
-    hard ones; beside it, as many answers rewarded by a coin."""
+    hard ones; beside it arms that differ in some fields: as many answers rewarded by a coin, unless others are named."""
     config.tokenizer.update(sources=('easy',), vocab_size=vocabulary)
     config.sources.easy = {'type': 'task', 'format': 'chat', **easy}
     config.sources.hard = {'type': 'task', 'format': 'chat', **hard}
@@ -47,16 +48,14 @@ def _graded(
     )
     for seed in SEEDS:
         end = f'_{seed}'
-        add_stage(
-            config,
-            f'start{end}',
-            'sft',
-            seed=seed,
-            sequence_length=length,
-            mixture=((0.0, {'easy': 1.0 - taste, 'hard': taste} if taste else {'easy': 1.0}),),
-            evaluations=('easy', 'hard', 'hard_greedy'),
+        taught: dict[str, Any] = {
+            'seed': seed,
+            'sequence_length': length,
+            'mixture': ((0.0, {'easy': 1.0 - taste, 'hard': taste} if taste else {'easy': 1.0}),),
+            'evaluations': ('easy', 'hard', 'hard_greedy'),
             **start,
-        )
+        }
+        add_stage(config, f'start{end}', 'sft', **taught)
         grpo: dict[str, Any] = {
             'seed': seed,
             'parent': f'start{end}',
@@ -72,20 +71,33 @@ def _graded(
             **rl,
         }
         add_stage(config, f'grpo{end}', 'grpo', **grpo)
-        add_stage(config, f'random{end}', 'grpo', **{**grpo, 'reward': 'random'})
+        for arm, fields in (arms or {'random': {'reward': 'random'}}).items():
+            add_stage(config, f'{arm}{end}', 'grpo', **{**grpo, **fields})
 
 
 def _sudoku(config: ConfigDict) -> None:
+    hard: dict[str, Any] = {'name': 'sudoku', 'size': 4, 'blanks': (7, 8)}
+    judged = ('easy', 'hard', 'hard_greedy', 'pool')
     _graded(
         config,
-        {'name': 'sudoku', 'size': 4, 'blanks': (1, 5)},
-        {'name': 'sudoku', 'size': 4, 'blanks': (7, 8)},
+        {**hard, 'blanks': (1, 5)},
+        hard,
         vocabulary=288,
         length=64,
         answer=24,
-        start={'steps': 250, 'batch_size': 32, 'optimizer': {'learning_rate': 0.01}},
+        start={'steps': 250, 'batch_size': 32, 'optimizer': {'learning_rate': 0.01}, 'evaluations': judged},
         rl={'steps': 160},
+        arms={'random': {'reward': 'random'}, 'pool': {'problems': 64, 'evaluations': ('pool',)}},
     )
+    # What it makes of few problems that it sees again and again: whether the algorithm can learn what it is shown.
+    config.evaluations.pool = {**config.evaluations.hard, 'task': {**hard, 'split': 'train'}, 'items': 64}
+    # Do three who were taught alike, each from weights and data of its own, judge better than any of them?
+    judges = {f'judge_{seed}': {'type': 'likelihood', 'model': f'judge_{seed}', 'threshold': -0.1} for seed in SEEDS}
+    for seed in SEEDS:
+        votes: dict[str, Any] = {'judges': {**judges, 'right': {'type': 'verifier'}}, 'truth': 'right', 'samples': 4}
+        models = {'generator': f'start_{seed}', **{f'judge_{other}': f'start_{other}' for other in SEEDS}}
+        asked: dict[str, Any] = {'seed': seed, 'task': hard, 'prompts': 256, 'block': 64, 'max_tokens': 24}
+        add_stage(config, f'voted_{seed}', 'attempts', models=models, **asked, **votes)
 
 
 def _code(config: ConfigDict) -> None:
