@@ -36,7 +36,7 @@ def _graded(
     arms: dict[str, dict[str, Any]] | None = None,
 ) -> None:
     """Reinforcement learning on hard problems by a model that was taught easy ones and, a share `taste` of what it saw,
-    hard ones; beside it arms that differ in some fields: as many answers rewarded by a coin, unless others are named."""
+    hard ones; beside it arms that differ in some fields: as many answers rewarded by a coin, unless they are named."""
     config.tokenizer.update(sources=('easy',), vocab_size=vocabulary)
     config.sources.easy = {'type': 'task', 'format': 'chat', **easy}
     config.sources.hard = {'type': 'task', 'format': 'chat', **hard}
@@ -92,7 +92,7 @@ def _sudoku(config: ConfigDict) -> None:
     # What it makes of few problems that it sees again and again: whether the algorithm can learn what it is shown.
     config.evaluations.pool = {**config.evaluations.hard, 'task': {**hard, 'split': 'train'}, 'items': 64}
     # Do three who were taught alike, each from weights and data of its own, judge better than any of them?
-    judges = {f'judge_{seed}': {'type': 'likelihood', 'model': f'judge_{seed}', 'threshold': -0.1} for seed in SEEDS}
+    judges = {f'judge_{seed}': {'type': 'likelihood', 'model': f'judge_{seed}', 'threshold': -0.05} for seed in SEEDS}
     for seed in SEEDS:
         votes: dict[str, Any] = {'judges': {**judges, 'right': {'type': 'verifier'}}, 'truth': 'right', 'samples': 4}
         models = {'generator': f'start_{seed}', **{f'judge_{other}': f'start_{other}' for other in SEEDS}}
