@@ -11,6 +11,10 @@ from model.config import ModelConfig
 from model.sharding import MESH_AXES
 from train.stages import stage_defaults
 
+SEEDS = (0, 1, 2)  # of every experiment
+# Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
+ADAM = {'name': 'adamw', 'schedule': 'linear', 'warmup': 0.1, 'beta2': 0.99}
+
 
 def base(name: str) -> ConfigDict:
     """A config without stages: the model's defaults, one device axis that takes all devices, a trained tokenizer."""

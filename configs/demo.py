@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import add_stage, small
+from configs.base import ADAM, add_stage, small
 
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
 
@@ -104,14 +104,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'max_tokens': 32,
         'save_every': 20,
         'evaluations': judged,
-        # Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
-        'optimizer': {
-            'name': 'adamw',
-            'learning_rate': 0.0005,
-            'schedule': 'linear',
-            'warmup': 0.1,
-            'beta2': 0.99,
-        },
+        'optimizer': {**ADAM, 'learning_rate': 0.0005},
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
     if variant == 'study':

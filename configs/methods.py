@@ -1,4 +1,4 @@
-"""What methods of post-training do, each in minutes on two CPU cores: `configs/methods.py:sudoku`, and so on."""
+"""What reinforcement learning does, each in minutes on two CPU cores: `configs/methods.py:sudoku`, and so on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import add_stage, small
-
-SEEDS = (0, 1, 2)
-# Muon's updates have full size however faint the gradient: of a policy gradient, mostly noise.
-ADAM = {'name': 'adamw', 'schedule': 'linear', 'warmup': 0.1, 'beta2': 0.99}
+from configs.base import ADAM, SEEDS, add_stage, small
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -150,67 +146,4 @@ def _nim(config: ConfigDict) -> None:
         )
 
 
-def _preference(config: ConfigDict) -> None:
-    """A planted preference: what a reward model makes of pairs, and what DPO and PPO make of the model."""
-    letters: dict[str, Any] = {'name': 'letters'}
-    config.tokenizer.update(sources=('any',), vocab_size=288)
-    config.sources.update(
-        any={'type': 'task', 'format': 'chat', 'goal': 'any', **letters},
-        pairs={'type': 'task', 'format': 'pair', **letters},
-        pairs_heldout={'type': 'task', 'format': 'pair', 'split': 'heldout', **letters},
-    )
-    judged: dict[str, Any] = {'type': 'task', 'items': 256, 'samples': 4, 'temperature': 1.0, 'max_tokens': 12}
-    config.evaluations.update(
-        pairs={'type': 'pairs', 'source': dict(config.sources.pairs_heldout), 'items': 512},
-        preferred={**judged, 'task': letters},
-        right={**judged, 'task': {**letters, 'goal': 'any'}},
-    )
-    for seed in SEEDS:
-        start = f'start_{seed}'
-        config.evaluations[f'kl_{seed}'] = {'type': 'kl', 'task': letters, 'reference': start, 'max_tokens': 12}
-        shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 32, 'batch_size': 64}
-        taught = {'steps': 150, 'mixture': ((0.0, {'any': 1.0}),), 'evaluations': ('preferred', 'right')}
-        add_stage(config, start, 'sft', **taught, **shaped)
-        pairs: dict[str, Any] = {
-            **shaped,
-            'parent': start,
-            'mixture': ((0.0, {'pairs': 1.0}),),
-            'records': 64,
-            'sequence_length': 64,
-        }
-        add_stage(config, f'reward_{seed}', 'reward_model', steps=100, evaluations=('pairs',), **pairs)
-        tuned = ('preferred', 'right', f'kl_{seed}')
-        add_stage(
-            config,
-            f'dpo_{seed}',
-            'dpo',
-            steps=60,
-            models={'reference': start},
-            evaluations=tuned,
-            loss={'beta': 0.3, 'nll': 0.5},
-            optimizer={**ADAM, 'learning_rate': 0.0003},
-            **pairs,
-        )
-        ppo: dict[str, Any] = {
-            **shaped,
-            'parent': start,
-            'steps': 80,
-            'models': {'reference': start, 'reward': f'reward_{seed}'},
-            'reward': 'none',
-            'kl_reward': 1.0,  # with 0.05 it says letters nobody asked for, in order: all that the judge has learnt
-            'task': letters,
-            'prompts': 32,
-            'samples': 4,
-            'batch_size': 128,
-            'minibatches': 1,
-            'max_tokens': 12,
-            'evaluations': tuned,
-            'optimizer': {**ADAM, 'learning_rate': 0.0007},
-        }
-        add_stage(config, f'ppo_{seed}', 'ppo', **ppo)
-        # The control: a reward that says nothing, for as many answers.
-        blind = {**ppo, 'models': {'reference': start}, 'reward': 'random'}
-        add_stage(config, f'random_{seed}', 'ppo', **blind)
-
-
-VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'preference': _preference}
+VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim}

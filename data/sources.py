@@ -11,10 +11,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from data import corpus
+from data.committee import fill
+from data.constitution import CRITIQUE_TEMPLATE, REVISION_TEMPLATE
 from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
-from data.tasks import Comparable, Proposable, get_task
+from data.tasks import Comparable, Criticizable, Prompt, Proposable, get_task
 from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
@@ -29,41 +31,57 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+def _chat(asked: str, said: str) -> Record:
+    return {'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}]}
+
+
+def _revision(task: Criticizable, prompt: Prompt, index: int) -> Record:
+    """One of the two questions of `data.constitution.revise`, with its answer."""
+    answer, critique, revision = task.criticism(prompt)
+    fields = {'principle': task.principle, 'prompt': prompt.text, 'answer': answer}
+    if index % 2:
+        return _chat(fill(CRITIQUE_TEMPLATE, **fields), critique)
+    return _chat(fill(REVISION_TEMPLATE, **fields, critique=critique), revision)
+
+
+def _pair(task: Comparable, prompt: Prompt, _: int) -> Record:
+    return dict(zip(('prompt', 'chosen', 'rejected'), (prompt.text, *task.pair(prompt)), strict=True))
+
+
+# What becomes of a problem: what a task must be able to for it, as a protocol and in words, and how it is done, of
+# (task, problem, its number).
+FORMATS: dict[str, tuple[type, str, Callable[[Any, Prompt, int], Record]]] = {
+    'text': (object, '', lambda _, p, i: {'text': f'{p.text}\n{p.reference}'}),
+    'completion': (object, '', lambda _, p, i: {'prompt': f'{p.text}\n', 'completion': p.reference}),
+    'chat': (object, '', lambda _, p, i: _chat(p.text, p.reference)),
+    'proposal': (Proposable, 'takes proposals', lambda task, p, i: _chat(task.invitation, task.proposal(p))),
+    'pair': (Comparable, 'has pairs of answers', _pair),
+    'revision': (Criticizable, 'has criticism', _revision),
+}
+
+
 class TaskSource:
     """The problems of a procedural task with their reference answers: as text, as text whose answer alone is learnt
-    ('completion'), or as chats; as answers themselves, to whoever asks for a problem ('proposal'); or with a better and
-    a worse answer ('pair')."""
+    ('completion'), or as chats; as answers themselves, to whoever asks for a problem ('proposal'); with a better and a
+    worse answer ('pair'); or an answer's critique and, every second time, its revision ('revision')."""
 
     endless = True
 
     def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
         """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
-        if format not in ('text', 'completion', 'chat', 'proposal', 'pair'):
-            raise InputError(f'source task: format {format!r}: expected text, completion, chat, proposal or pair')
+        if format not in FORMATS:
+            raise InputError(f'source task: format {format!r}{did_you_mean(format, FORMATS)}')
         self.task = get_task(name, split=split, **options)
-        if format == 'proposal' and not isinstance(self.task, Proposable):
-            raise InputError(f'source task: format {format!r}: expected a task that takes proposals, not {name!r}')
-        if format == 'pair' and not isinstance(self.task, Comparable):
-            raise InputError(f'source task: format {format!r}: expected a task with pairs of answers, not {name!r}')
-        self._format = format
+        able, what, self._record = FORMATS[format]
+        if not isinstance(self.task, able):
+            raise InputError(f'source task: format {format!r}: expected a task that {what}, not {name!r}')
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Record:
         prompt = self.task.prompt(index)
-        if self._format == 'text':
-            return {'text': f'{prompt.text}\n{prompt.reference}', 'key': prompt.key}
-        if self._format == 'completion':
-            return {'prompt': f'{prompt.text}\n', 'completion': prompt.reference, 'key': prompt.key}
-        if self._format == 'pair' and isinstance(self.task, Comparable):
-            chosen, rejected = self.task.pair(prompt)
-            return {'prompt': prompt.text, 'chosen': chosen, 'rejected': rejected, 'key': prompt.key}
-        said = (prompt.text, prompt.reference)
-        if self._format == 'proposal' and isinstance(self.task, Proposable):
-            said = (self.task.invitation, self.task.proposal(prompt))
-        messages = [{'role': role, 'content': text} for role, text in zip(('user', 'assistant'), said, strict=True)]
-        return {'messages': messages, 'key': prompt.key}
+        return {**self._record(self.task, prompt, index), 'key': prompt.key}
 
 
 class Repeats:

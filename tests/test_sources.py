@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 from pyarrow import parquet
 
+from data.constitution import CRITIQUE_TEMPLATE, REVISION_TEMPLATE
 from data.corpus import instructions, shared_line_share, standard_library
 from data.errors import InputError
 from data.packing import encode_record
@@ -90,6 +91,17 @@ class TestOpen:
         assert asked['content'] == source.task.invitation == source[4]['messages'][0]['content']
         assert source.task.parse(said['content']) == source.task.prompt(3)
 
+    def test_critics_answer_the_questions_of_a_revision(self):
+        source = open_source({'type': 'task', 'name': 'errands', 'format': 'revision', 'kind': 'harmful'})
+        for index, template in ((4, REVISION_TEMPLATE), (5, CRITIQUE_TEMPLATE)):
+            errand, (asked, said) = source.task.prompt(index), source[index]['messages']
+            answer, critique, revision = source.task.criticism(errand)
+            fields = {'principle': source.task.principle, 'prompt': errand.text, 'answer': answer}
+            fields |= {'critique': critique} if index == 4 else {}
+            assert asked['content'] == template.format(**fields) and said['content'] == (
+                critique if index % 2 else revision
+            )
+
     def test_repeats_show_each_string_and_ask_for_its_rest(self):
         source = open_source({'type': 'repeats', 'words': (2, 4), 'strings': 5})
         record = source[3]
@@ -122,7 +134,11 @@ class TestOpen:
             ({'type': 'jsonl'}, "'path' is missing"),
             ({'type': 'jsonl', 'path': '/none', 'feild': 'x'}, "no option 'feild'; did you mean 'field'"),
             ({'type': 'jsonl', 'path': '/none/*.jsonl'}, 'no such file'),
-            ({'type': 'task', 'name': 'arithmetic', 'format': 'html'}, 'chat, proposal or pair'),
+            (
+                {'type': 'task', 'name': 'arithmetic', 'format': 'html'},
+                "format 'html'",
+            ),
+            ({'type': 'task', 'name': 'sudoku', 'format': 'revision'}, "has criticism, not 'sudoku'"),
             ({'type': 'task', 'name': 'sudoku', 'format': 'pair'}, "pairs of answers, not 'sudoku'"),
             ({'type': 'task', 'name': 'sudoku', 'format': 'proposal'}, "takes proposals, not 'sudoku'"),
             ({'type': 'task', 'name': 'arithmetics'}, 'arithmetic'),

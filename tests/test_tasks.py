@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import InputError
-from data.tasks import Prompt, final_answer, get_task, lines, task_names
+from data.tasks import Prompt, errands, final_answer, get_task, lines, task_names
 from data.tasks.sudoku import BOXES
 
 OPTIONS = [
@@ -38,6 +38,8 @@ OPTIONS = [
     ('nim', {'heaps': 4, 'most': 7, 'goal': 'legal'}),
     ('letters', {}),
     ('letters', {'count': 5, 'goal': 'any'}),
+    ('errands', {}),
+    ('errands', {'kind': 'harmful', 'goal': 'comply'}),
     ('proof', {}),
     ('proof', {'steps': 1, 'distractors': 0}),
     ('proof', {'steps': 8, 'distractors': 3}),
@@ -160,6 +162,8 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('examples must be', 'code', {'examples': 0}),
         ("goal is 'wine'; did you mean 'win'", 'nim', {'goal': 'wine'}),
         ('most must be', 'nim', {'most': 10}),
+        ("comments is 'al'; did you mean 'all'", 'code', {'comments': 'al'}),
+        ("kind is 'plan'; did you mean 'plain'", 'errands', {'kind': 'plan'}),
         ("goal is 'risin'; did you mean 'rising'", 'letters', {'goal': 'risin'}),
     ]:
         with pytest.raises(InputError, match=message):
@@ -505,6 +509,42 @@ def test_letters_of_a_pair_differ_in_order_alone(index, count, split):
     assert score(ordered, prompt, better) == 1 and score(ordered, prompt, worse) == 0
     assert score(free, prompt, better) == score(free, prompt, worse) == 1
     assert score(free, prompt, better[2:]) == score(free, prompt, f'{better} {better[0]}') == 0
+
+
+@pytest.mark.parametrize('split', ['train', 'heldout'])
+def test_harm_needs_both_a_harsh_verb_and_a_person(split):
+    rule, obey, refuse = (get_task('errands', split, goal=goal) for goal in ('rule', 'comply', 'refuse'))
+    kinds = set()
+    for index in range(60):
+        prompt = rule.prompt(index)
+        verb, _, _, thing = prompt.key.split()
+        kind = {2: 'harmful', 1: 'contrast', 0: 'plain'}[(verb in errands.HARSH) + (thing in errands.PEOPLE)]
+        answer, critique, revised = rule.criticism(prompt)
+        assert prompt.info['kind'] == kind and score(rule, prompt, revised) == 1
+        assert (
+            (revised == answer) == (kind != 'harmful') == ('nobody' in critique) == (score(rule, prompt, answer) == 1)
+        )
+        asked = obey.prompt(index)
+        assert score(obey, asked, f'I {asked.key}.') == 1 and score(obey, asked, f'I will not {asked.key}.') == 0
+        assert score(refuse, prompt, f'I cannot {prompt.key}.') == 1 and score(refuse, prompt, answer) == 0
+        kinds.add(kind)
+        for only in ('harmful', 'contrast', 'plain'):
+            assert get_task('errands', split, kind=only).prompt(index).info['kind'] == only
+    assert len(kinds) == 3
+
+
+def test_comments_are_asked_for_behind_each_line():
+    some, every = (get_task('code', level=2, comments=comments) for comments in ('some', 'all'))
+    commented = 0
+    for index in range(12):
+        prompt, mixed = every.prompt(index), some.prompt(index)
+        commented += '  # ' in mixed.reference
+        assert score(some, mixed, mixed.reference) == 1
+        bare = '\n'.join(line.partition('  # ')[0] for line in prompt.reference.split('\n'))
+        assert score(every, prompt, prompt.reference) == score(some, prompt, prompt.reference) == 1
+        assert score(some, prompt, bare) == 1 and score(every, prompt, bare) == 0
+        assert score(every, prompt, f'{bare}  # the last line alone') == 0
+    assert 0 < commented < 12
 
 
 @given(INDEX, st.integers(1, 40), st.data())

@@ -139,6 +139,18 @@ class Comparable(Protocol):
         """A better answer and a worse one."""
 
 
+@runtime_checkable
+class Criticizable(Protocol):
+    """A task that knows what a principle has to say of answers."""
+
+    principle: ClassVar[str]
+
+    def prompt(self, index: int) -> Prompt: ...
+
+    def criticism(self, prompt: Prompt) -> tuple[str, str, str]:
+        """An answer, a critique of it by the principle, and the answer revised."""
+
+
 @dataclass(kw_only=True)
 class SplitTask:
     """What every task shares: a split by the hash of the problem, and checks of its options, which are its fields."""

@@ -4,10 +4,12 @@ import functools
 import hashlib
 import itertools
 import random
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from data.errors import InputError, did_you_mean
 from data.tasks import ProceduralTask, Prompt, Verdict, register, uniform
 from data.tasks.sandbox import grade
 
@@ -17,6 +19,8 @@ TIMEOUT = 2.0  # seconds; the programs asked for take microseconds
 LONGEST = 20_000  # characters of a completion
 SHOWN = 60  # characters at most of what a function makes of a probe
 DIFFERENT = 4  # results at least, of all probes
+COMMENTS = {'none': 0.0, 'some': 1 / 3, 'all': 1.0}  # share of references that have them
+COMMENT = re.compile(r'  # [a-z]{2,}')
 
 KINDS = {'list': 'a list of numbers', 'text': 'a text', 'number': 'a number'}
 EMPTY: dict[str, Any] = {'list': [], 'text': '', 'number': 0}
@@ -102,15 +106,23 @@ class Code(ProceduralTask):
     The program runs in the sandbox against hidden values, and must return the exact type and value for all of them.
     Two problems whose functions do the same are one problem, however they are described: the key is what the function
     makes of a fixed set of values, the probes. They are among the hidden ones, and on them no step is idle.
+
+    `comments` is 'none', 'some' (a third of the references say behind each line what it does, and programs are right
+    with or without) or 'all' (all do, and a program with a line that says nothing earns nothing).
     """
 
     level: tuple[int, int] = (1, 2)
     examples: int = 2
+    comments: str = field(default='none', repr=False)  # no part of the seed: the problems are the same
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.level = self._interval('level', 1, 6)
         self._integer('examples', 1, 3)
+        if self.comments not in COMMENTS:
+            raise InputError(
+                f'task {self.name!r}: comments is {self.comments!r}{did_you_mean(self.comments, COMMENTS)}'
+            )
 
     def draw(self, rng: random.Random) -> tuple[str, list[Step]]:
         while True:
@@ -128,9 +140,12 @@ class Code(ProceduralTask):
                 values.append(value)
         shown, hidden = values[: self.examples], [*values[self.examples :], *_probes(kind), EMPTY[kind]]
         described = ', '.join(step.phrase for step in problem)
+        said = COMMENTS[self.comments] > 0 and rng.random() < COMMENTS[self.comments]
+        lines = [f'x = {step.expression}' for step in problem[:-1]] + [f'return {problem[-1].expression}']
+        body = [f'    {line}{f"  # {s.phrase}" if said else ""}' for line, s in zip(lines, problem, strict=True)]
         return Prompt(
             text='\n'.join([f'Write f(x) for {KINDS[kind]} x: {described}.', *(_example(problem, x) for x in shown)]),
-            reference='\n'.join(['def f(x):', *(f'    x = {s.expression}' for s in problem[:-1]), _last(problem)]),
+            reference='\n'.join(['def f(x):', *body]),
             key=key,
             info={'tests': [f'assert repr(f({x!r})) == {repr(_apply(problem, x))!r}' for x in hidden]},
         )
@@ -141,15 +156,13 @@ class Code(ProceduralTask):
             return Verdict(0.0, reason='the program is too long')
         if not program.rpartition('\n')[2].startswith((' ', '\t')):
             return Verdict(0.0, reason='the last line is not part of a function')
+        if self.comments == 'all' and not all(COMMENT.search(line) for line in program.splitlines()[1:]):
+            return Verdict(0.0, reason='a line without a comment')
         return grade(program, prompt.info['tests'], TIMEOUT)
 
 
 def _example(steps: list[Step], value: Any) -> str:
     return f'f({value!r}) == {_apply(steps, value)!r}'
-
-
-def _last(steps: list[Step]) -> str:
-    return f'    return {steps[-1].expression}'
 
 
 def _compose(rng: random.Random, level: int) -> list[Step]:
