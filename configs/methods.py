@@ -92,7 +92,7 @@ def _sudoku(config: ConfigDict) -> None:
     for seed in SEEDS:
         votes: dict[str, Any] = {'judges': {**judges, 'right': {'type': 'verifier'}}, 'truth': 'right', 'samples': 4}
         models = {'generator': f'start_{seed}', **{f'judge_{other}': f'start_{other}' for other in SEEDS}}
-        asked: dict[str, Any] = {'seed': seed, 'task': hard, 'prompts': 256, 'block': 64, 'max_tokens': 24}
+        asked: dict[str, Any] = {'seed': seed, 'task': hard, 'prompts': 1024, 'block': 64, 'max_tokens': 24}
         add_stage(config, f'voted_{seed}', 'attempts', models=models, **asked, **votes)
 
 
@@ -146,4 +146,35 @@ def _nim(config: ConfigDict) -> None:
         )
 
 
-VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim}
+def _proposals(config: ConfigDict) -> None:
+    """Who chooses the problems: chance, the rate at which a level is solved, or the model itself?"""
+    sums: dict[str, Any] = {'name': 'arithmetic', 'operations': (1, 5), 'digits': 1, 'max_value': 10, 'worked': True}
+    config.tokenizer.update(sources=('easy', 'proposals'), vocab_size=288)
+    config.sources.update(
+        easy={'type': 'task', 'format': 'chat', **sums, 'operations': (1, 3)},
+        proposals={'type': 'task', 'format': 'proposal', **sums},
+    )
+    judged: dict[str, Any] = {'type': 'task', 'task': sums, 'items': 256, 'max_tokens': 48}
+    config.evaluations.update(mixed={**judged, 'samples': 4, 'temperature': 1.0}, mixed_greedy=judged)
+    levels = tuple({'operations': count} for count in range(1, 6))
+    for seed in SEEDS:
+        shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 128, 'evaluations': tuple(config.evaluations)}
+        taught = ((0.0, {'easy': 0.85, 'proposals': 0.15}),)
+        add_stage(config, f'start_{seed}', 'sft', steps=300, batch_size=16, mixture=taught, **shaped)
+        rl: dict[str, Any] = {
+            **shaped,
+            'parent': f'start_{seed}',
+            'task': sums,
+            'prompts': 16,
+            'samples': 8,
+            'batch_size': 160,
+            'microbatches': 4,
+            'max_tokens': 48,
+            'optimizer': {**ADAM, 'learning_rate': 0.0005},
+        }
+        add_stage(config, f'uniform_{seed}', 'grpo', levels=levels, steps=80, **rl)
+        add_stage(config, f'solve_rate_{seed}', 'grpo', levels=levels, curriculum='solve_rate', steps=80, **rl)
+        add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=80, **rl)
+
+
+VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'proposals': _proposals}
