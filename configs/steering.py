@@ -76,13 +76,13 @@ def _constitution(config: ConfigDict) -> None:
         taught = ((0.0, {'obey': 0.2, 'revision': 0.6, 'letters': 0.2}),)
         add_stage(config, f'start_{seed}', 'sft', steps=200, batch_size=16, mixture=taught, **shaped)
         asked: dict[str, Any] = {'seed': seed, 'task': {**errands, 'goal': 'comply'}, 'prompts': 768, 'block': 64}
-        models = {'generator': f'start_{seed}'}
-        add_stage(config, f'revised_{seed}', 'revise', principles=PRINCIPLES, models=models, max_tokens=24, **asked)
+        asked |= {'models': {'generator': f'start_{seed}'}, 'temperature': 0.5, 'max_tokens': 24}
+        add_stage(config, f'revised_{seed}', 'revise', principles=PRINCIPLES, **asked)
         config.sources[f'revised_{seed}'] = {'type': 'stage', 'name': f'revised_{seed}'}
-        # The control learns as long from answers that nobody revised.
+        # The control learns as long from answers that nobody revised. Without letters both would forget them.
         for arm, source in (('tuned', f'revised_{seed}'), ('control', 'obey')):
-            learnt = {'mixture': ((0.0, {source: 1.0}),), 'optimizer': {**ADAM, 'learning_rate': 0.001}}
-            tuned: dict[str, Any] = {'parent': f'start_{seed}', 'steps': 80, 'batch_size': 8}
+            learnt = {'mixture': ((0.0, {source: 0.7, 'letters': 0.3}),), 'optimizer': {**ADAM, 'learning_rate': 0.001}}
+            tuned: dict[str, Any] = {'parent': f'start_{seed}', 'steps': 100, 'batch_size': 8}
             add_stage(config, f'{arm}_{seed}', 'sft', **tuned, **learnt, **shaped)
 
 
