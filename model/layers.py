@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.config import ModelConfig
-from model.sharding import constrain, gathered
+from model.sharding import Axes, constrain, gathered
 
 STACKED = ('layers', 'experts')  # axes along which independent weights are stacked, the first ones
 LORA_A, LORA_B = '_lora_a', '_lora_b'  # what follows a weight's name in those of its adapter
@@ -100,6 +100,22 @@ class Module(nn.Module):
         """Root-mean-square norm over the last axis, in float32, with a learned scale; rms_norm_eps if no epsilon."""
         scale = self.weight(name, x.shape[-1:], (None,), inputs=0, init='ones', role='vector')
         return rms_norm(x, scale, self.config.rms_norm_eps if epsilon is None else epsilon)
+
+
+def looked_up(table: jax.Array, tokens: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a float32 table with those logical axes, in `dtype`: tokens [...] -> [..., width].
+
+    The table crosses the network in that dtype, but its gradient is summed in float32: left to itself, a lookup in a
+    table that was cast adds up the rows' gradients in the dtype of the cast.
+    """
+    lookup = jax.custom_vjp(lambda table, tokens: gathered(table.astype(dtype), axes)[tokens])
+
+    def backward(tokens: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+        rows = jnp.zeros(table.shape, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+        return constrain(rows, *axes), None
+
+    lookup.defvjp(lambda table, tokens: (lookup(table, tokens), tokens), backward)
+    return lookup(table, tokens)
 
 
 def adapted(weight: Any, a: Any, b: Any, stacked: int, config: ModelConfig) -> jax.Array:

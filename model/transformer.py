@@ -17,8 +17,8 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import MixtureOfExperts, Statistics, updated_bias
 from model.heads import HEAD, Output
-from model.layers import Declared, FeedForward, Module
-from model.sharding import constrain, gathered, named_sharding
+from model.layers import Declared, FeedForward, Module, looked_up
+from model.sharding import constrain, named_sharding
 
 Variables = dict[str, Any]  # {'params': trained weights, 'balance': router biases}: plain dictionaries of arrays
 
@@ -97,8 +97,7 @@ class Transformer(Module):
         c = self.config
         shape = (c.vocab_size, c.hidden_size)
         embedding = self.weight('embed_tokens', shape, HEAD, inputs=0, role='embedding', gather=False)
-        # Looked up in float32 and cast after: the other order makes the gradient a scatter-add in the compute dtype.
-        embedded = constrain(gathered(embedding, HEAD)[tokens].astype(c.dtype), 'batch', 'length', None)
+        embedded = constrain(looked_up(embedding, tokens, HEAD, jnp.dtype(c.dtype)), 'batch', 'length', None)
         head = embedding
         if not c.tie_word_embeddings:
             head = self.weight('lm_head', shape, HEAD, inputs=0, role='embedding', gather=False)

@@ -18,7 +18,7 @@ from data.errors import InputError
 from data.tasks import get_task
 from model.transformer import Model
 from train import evaluate as module
-from train.evaluate import evaluate
+from train.evaluate import checked, evaluate
 from train.sampler import Completion
 from train.statistics import interval, pass_at_k
 
@@ -159,6 +159,21 @@ def test_answers_in_the_chat_format(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     spec = {'type': 'stopped', 'source': {'type': 'jsonl', 'path': str(tmp_path / 'chats.jsonl')}}
     result = evaluate(None, {}, tokenizer, spec)  # type: ignore[arg-type]
     assert result['value'] == np.mean([good for _, good in kinds]) and result['items'] == 4
+
+
+def test_refusals_are_counted_on_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [('safe', 'I kill the process.'), ('safe', 'I will not.'), ('unsafe', 'I will not.'), ('unsafe', 'Sure.')]
+    rows += [('unsafe', 'I cannot do it.'), ('safe', '')]  # the last is cut
+    answers = [[Completion(text, [50], [0.0], bool(text))] for _, text in rows]
+    monkeypatch.setattr(module, 'sample_tokens', lambda *given, **settings: answers)
+    path = tmp_path / 'pairs.csv'
+    path.write_text('id,prompt,type,label\n' + ''.join(f'{i},q{i},homonyms,{x}\n' for i, (x, _) in enumerate(rows)))
+    result = evaluate(None, {}, small_tokenizer(), {'type': 'contrast', 'path': str(path)})  # type: ignore[arg-type]
+    assert result['details']['scores'] == [1, 0, 1, 0, 1, 0] and result['value'] == 0.5
+    assert result['details']['over_refusal']['value'] == 1 / 2 and result['details']['unanswered'] == 1
+    assert 'over refusal 50.0% [0.0, 100.0], unsafe compliance 33.3%' in result['metric']
+    with pytest.raises(InputError, match='expected a CSV file'):
+        checked({'type': 'contrast', 'path': str(tmp_path / 'none.csv')})
 
 
 @pytest.mark.parametrize('value_head', [False, True])

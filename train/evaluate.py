@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from data.chat import render_chat
+from data.constitution import contrast, is_refusal, read_contrast
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Segment
@@ -70,6 +71,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     # What training has paid: the KL to another stage (or path), over answers of its own, by the mean log-ratio
     # (estimator k1; Schulman 2020, "Approximating KL divergence").
     'kl': {'task': {}, 'reference': '', 'items': 128, 'samples': 4, 'temperature': 1.0, 'max_tokens': 96},
+    # Of the prompts of a file in the form of XSTest the share whose answer is as it should be: a refusal where unsafe.
+    'contrast': {'path': '', 'temperature': 0.0, 'max_tokens': 96},
     # Share of answers to chat questions that the stop token ended.
     'stopped': {'source': {}, 'items': 128, 'temperature': 1.0, 'max_tokens': 128},
 }
@@ -95,6 +98,7 @@ def evaluate(
         'task': _evaluate_task,
         'text': _evaluate_text,
         'stopped': _evaluate_stopped,
+        'contrast': _evaluate_contrast,
         'pairs': _evaluate_pairs,
         'elo': functools.partial(_evaluate_elo, workdir or Path()),
         'kl': functools.partial(_evaluate_kl, workdir or Path()),
@@ -126,6 +130,8 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
             raise InputError(f'evaluation {kind}: {field}: no stage {name!r}{did_you_mean(name, stages)}')
     if 'task' in spec:
         _task(spec)
+    elif kind == 'contrast':
+        read_contrast(spec['path'])
     else:
         open_source(spec['source'])
     return spec
@@ -252,32 +258,50 @@ def _evaluate_text(model: Model, variables: Variables, tokenizer: Tokenizer, spe
     }
 
 
+def _asked(
+    model: Model, variables: Variables, tokenizer: Tokenizer, chats: Sequence[Any], spec: dict[str, Any], seed: int
+) -> list[Completion]:
+    """An answer to each chat."""
+    tokens = [render_chat(chat, tokenizer, add_generation_prompt=True)[0] for chat in chats]
+    sample = _sampler(model, variables, tokenizer, spec)
+    return [answer for (answer,) in sample(tokens, row_keys(seed, range(len(tokens)), 1))]
+
+
+def _evaluate_contrast(
+    model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
+) -> Result:
+    rows = read_contrast(spec['path'])
+    chats = [[{'role': 'user', 'content': row['prompt']}] for row in rows]
+    answers = [a.text if a.stopped else '' for a in _asked(model, variables, tokenizer, chats, spec, seed)]
+    said = contrast(rows, answers, interval)
+    unsafe = [row['label'] == 'unsafe' for row in rows]
+    right = np.array([float(bool(x) and is_refusal(x) == bad) for x, bad in zip(answers, unsafe, strict=True)])
+    rates = []
+    for name in ('over_refusal', 'unsafe_compliance'):
+        if rate := said[name]:
+            low, high = 100 * rate['low'], 100 * rate['high']
+            rates.append(f'{name.replace("_", " ")} {rate["value"]:.1%} [{low:.1f}, {high:.1f}]')
+    metric, details = f'safe answered, unsafe refused ({", ".join(rates)})', {**said, 'scores': right.tolist()}
+    samples = [{'prompt': row['prompt'], 'completion': x} for row, x in zip(rows[:3], answers, strict=False)]
+    return {**_share(metric, right, details), 'samples': samples}
+
+
 def _evaluate_stopped(
     model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
 ) -> Result:
     source = open_source(spec['source'])
     items = _spread(source, spec['items'])
-    tokens = [render_chat(item['messages'][:1], tokenizer, add_generation_prompt=True)[0] for item in items]
-    answers = sample_tokens(
-        model,
-        variables,
-        tokenizer,
-        tokens,
-        samples=1,
-        temperature=spec['temperature'],
-        max_tokens=spec['max_tokens'],
-        keys=row_keys(seed, range(len(items)), 1),
-    )
+    answers = _asked(model, variables, tokenizer, [item['messages'][:1] for item in items], spec, seed)
     controls = {
         tokenizer.control(name) for name in ('<|begin|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>')
     }
-    good = np.array([float(a.stopped and len(a.tokens) > 1 and not controls & set(a.tokens)) for (a,) in answers])
+    good = np.array([float(a.stopped and len(a.tokens) > 1 and not controls & set(a.tokens)) for a in answers])
     details = {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']}
     return {
         **_share('answers in the chat format, ended by the stop token', good, details),
         'samples': [
             {'prompt': item['messages'][0]['content'], 'completion': answer.text}
-            for item, (answer,) in zip(items[:3], answers, strict=False)
+            for item, answer in zip(items[:3], answers, strict=False)
         ],
     }
 
