@@ -152,6 +152,7 @@ def _proposals(config: ConfigDict) -> None:
     config.tokenizer.update(sources=('easy', 'proposals'), vocab_size=288)
     config.sources.update(
         easy={'type': 'task', 'format': 'chat', **sums, 'operations': (1, 3)},
+        hard={'type': 'task', 'format': 'chat', **sums, 'operations': (4, 5)},
         proposals={'type': 'task', 'format': 'proposal', **sums},
     )
     judged: dict[str, Any] = {'type': 'task', 'task': sums, 'items': 256, 'max_tokens': 48}
@@ -159,14 +160,15 @@ def _proposals(config: ConfigDict) -> None:
     levels = tuple({'operations': count} for count in range(1, 6))
     for seed in SEEDS:
         shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 128, 'evaluations': tuple(config.evaluations)}
-        taught = ((0.0, {'easy': 0.85, 'proposals': 0.15}),)
-        add_stage(config, f'start_{seed}', 'sft', steps=300, batch_size=16, mixture=taught, **shaped)
+        taught = ((0.0, {'easy': 0.6, 'hard': 0.25, 'proposals': 0.15}),)
+        add_stage(config, f'start_{seed}', 'sft', steps=200, batch_size=16, mixture=taught, **shaped)
         rl: dict[str, Any] = {
             **shaped,
             'parent': f'start_{seed}',
             'task': sums,
             'prompts': 16,
             'samples': 8,
+            'temperature': 1.2,
             'batch_size': 160,
             'microbatches': 4,
             'max_tokens': 48,

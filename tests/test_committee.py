@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import itertools
 import json
 import logging
@@ -62,7 +63,7 @@ from data.tasks import get_task
 from model.sharding import make_mesh
 from model.transformer import Model
 from train.checkpoint import Loaded
-from train.members import CheckpointMember, likelihood_judge, make_member, reward_judge
+from train.members import CheckpointMember, chosen, likelihood_judge, reward_judge
 from train.statistics import interval
 
 KEY = 'sk-planted-0123456789'
@@ -899,16 +900,20 @@ def test_a_reward_model_judges_by_its_stop_token(member: CheckpointMember) -> No
 
 
 def test_members_are_made_from_specs(server: Server, tmp_path: Path) -> None:
-    made = make_member({'type': 'endpoint', 'url': server.url, 'model': 'm', 'cache': str(tmp_path / 'c')})
+    make = functools.partial(chosen, {'endpoint': Endpoint}, what='member')
+    endpoint = {'type': 'endpoint', 'url': server.url, 'model': 'm', 'cache': str(tmp_path / 'c')}
+    made = make(endpoint)
     assert made([chat('hello')], 1, 0)[0][0].startswith('hello')
     for spec, error in (
         ({'type': 'endpoints'}, "member: type 'endpoints'; did you mean 'endpoint'"),
         ({'type': 'endpoint', 'url': server.url}, "member endpoint: missing a required argument: 'model'"),
-        ({'type': 'checkpoint', 'path': 'x', 'key': 1}, "got an unexpected keyword argument 'key'"),
-        ({'type': 'checkpoint', 'path': str(tmp_path)}, 'expected a stage folder'),
+        (
+            {'type': 'endpoint', 'url': 'x', 'model': 'm', 'cache': 'c', 'kye': 1},
+            "got an unexpected keyword argument 'kye'",
+        ),
     ):
         with pytest.raises(InputError, match=error):
-            make_member(spec)
+            make(spec)
 
 
 def test_folded_seeds_differ_and_stay() -> None:

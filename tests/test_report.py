@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from data.errors import InputError
-from train.report import main, write_report
+from train.report import _read_metrics, main, write_report
 
 NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
 VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}
@@ -177,4 +178,13 @@ def test_a_figure_of_its_own(workdir: Path, tmp_path: Path, capsys: pytest.Captu
     assert figure.tag == '{http://www.w3.org/2000/svg}svg' and figure.get('color')
     assert 'grpo' in path.read_text() and 'pretrain' not in path.read_text()
     assert main([str(workdir), '--figure=reward/meen']) == 1
+    chart = workdir / 'chart.md'
+    assert main([str(workdir), '--figure=loss', '--stages=sft', f'--output={chart}']) == 0
+    lines = chart.read_text('utf-8').splitlines()
+    (values,) = [json.loads(line.strip().removeprefix('line ')) for line in lines if line.strip().startswith('line ')]
+    logged = [line['loss'] for line in _read_metrics(workdir / 'sft' / 'metrics.jsonl')]
+    expected = [np.mean(part) for part in np.array_split(np.array(logged)[np.isfinite(logged)], 12)]
+    np.testing.assert_allclose(values, expected, rtol=1e-3)
+    assert lines[0] == '```mermaid' and '    title "sft blue"' in lines
+    assert main([str(workdir), '--figure=loss', '--stages=stf']) == 1
     assert "no stage has the metric 'reward/meen'; did you mean 'reward/mean'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ import numpy as np
 PALETTE = ('#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#8b5cf6', '#0ea5b7', '#db2777', '#8a6d1d')
 INK = '#123456'  # a colour nothing else has: it becomes currentColor
 MOST_POINTS = 300
+CHART_COLOURS = {'blue': '#3b82f6', 'orange': '#f59e0b', 'green': '#10b981', 'red': '#ef4444', 'violet': '#8b5cf6'}
+CHART_PARTS = 12
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,26 @@ def draw(curves: Sequence[Curve], y_label: str, name: str) -> str:
     svg = re.sub(r'(href="#|url\(#)', rf'\1{name}-', svg)
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', svg, count=1).replace(
         'xlink:href', 'href'
+    )
+
+
+def chart(curves: Sequence[Curve], y_label: str) -> str:
+    """The curves as a Mermaid chart, which Markdown pages show: means over CHART_PARTS parts of each stage."""
+    lines = [[f'{part.mean():.4g}' for part in np.array_split(np.asarray(c.y, float), CHART_PARTS)] for c in curves]
+    labels = ', '.join(f'{curve.label} {colour}' for curve, colour in zip(curves, CHART_COLOURS, strict=False))
+    theme = {'themeVariables': {'xyChart': {'plotColorPalette': ', '.join(CHART_COLOURS.values())}}}
+    return '\n'.join(
+        [
+            '```mermaid',
+            f'%%{{init: {json.dumps(theme)}}}%%',
+            'xychart-beta',
+            f'    title "{labels}"',
+            '    x-axis "percent of the stage" 0 --> 100',
+            f'    y-axis "{y_label}"',
+            *(f'    line [{", ".join(line)}]' for line in lines),
+            '```',
+            '',
+        ]
     )
 
 

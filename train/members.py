@@ -21,7 +21,7 @@ from data.mixture import as_dict
 from data.packing import Segment
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
-from train.checkpoint import Loaded, load
+from train.checkpoint import Loaded
 from train.sampler import prompt_width, row_keys, sample_tokens
 from train.scoring import Other, Scorer
 
@@ -164,21 +164,6 @@ def chosen(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], wha
     return table[kind](*given, **options)
 
 
-def make_member(spec: Mapping[str, Any]) -> CheckpointMember | Endpoint:
-    """The generator and scorer that a spec describes (see `chosen`).
-
-    checkpoint   path (DIR/STAGE[@STEP]), temperature, max_tokens
-    endpoint     url, model, cache, and the other arguments of `data.endpoint.Endpoint`
-    """
-    return chosen(_TYPES, spec, 'member')
-
-
-_TYPES: dict[str, Any] = {
-    'checkpoint': lambda path, temperature=1.0, max_tokens=256: CheckpointMember(load(path), temperature, max_tokens),
-    'endpoint': Endpoint,
-}
-
-
 class Members:
     """Generators and judges of a stage, each made where it is first asked for.
 
@@ -219,7 +204,8 @@ class Members:
         elif purpose not in self.used:
             spec = {'cache': str(self._folder / f'{name}.replies.jsonl'), **as_dict(self._endpoints[name])}
             settings = {'temperature': temperature, 'max_tokens': max_tokens, **as_dict(spec.get('settings', {}))}
-            self.used[purpose] = make_member({**spec, 'type': 'endpoint', 'settings': settings})
+            wanted = {**spec, 'type': 'endpoint', 'settings': settings}
+            self.used[purpose] = chosen({'endpoint': Endpoint}, wanted, 'member')
         return self.used[purpose]
 
     def no_others(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data.errors import InputError, did_you_mean
 from train.command import command
-from train.figures import PALETTE, draw, metric_curves
+from train.figures import PALETTE, chart, draw, metric_curves
 from train.statistics import interval
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
@@ -364,21 +364,30 @@ def _time(seconds: float) -> str:
     )
 
 
-def write_figure(workdir: Path, metric: str, path: Path) -> None:
-    """Writes the curves of one metric, of all stages that logged it, as an SVG file of its own.
+def write_figure(workdir: Path, metric: str, path: Path, stages: Sequence[str] = ()) -> None:
+    """Writes the curves of one metric, of the stages named or all that logged it, as an SVG file of its own; or, where
+    the path ends in .md, as a chart for a Markdown page.
 
     Raises:
         InputError: see `write_report`; no stage has the metric.
     """
     names = [stage['name'] for stage in _read_lineage(workdir / 'lineage.json')['stages']]
+    for name in stages:
+        if name not in names:
+            raise InputError(f'{workdir}: no stage {name!r}{did_you_mean(name, names)}')
+    names = list(stages or names)
     metrics = {name: _read_metrics(workdir / name / 'metrics.jsonl') for name in names}
     shown = [name for name in names if any(metric in line for line in metrics[name])]
     known = sorted({key for lines in metrics.values() for line in lines for key in line})
     if not shown:
         raise InputError(f'{workdir}: no stage has the metric {metric!r}{did_you_mean(metric, known)}')
     colours = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(shown)}
-    svg = draw(metric_curves({name: metrics[name] for name in shown}, metric, colours), metric, 'figure')
+    curves = metric_curves({name: metrics[name] for name in shown}, metric, colours)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == '.md':
+        path.write_text(chart(curves, metric), 'utf-8')
+        return
+    svg = draw(curves, metric, 'figure')
     path.write_text(svg.replace('<svg ', f'<svg xmlns="http://www.w3.org/2000/svg" color="{GREY}" ', 1), 'utf-8')
 
 
@@ -390,10 +399,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('workdir', metavar='DIR', type=Path, help="the run's --workdir")
     parser.add_argument('--figure', default='', metavar='METRIC', help='one metric, such as reward/mean, as SVG')
-    parser.add_argument('--output', type=Path, default=Path('figure.svg'), help='where the figure goes (figure.svg)')
+    parser.add_argument('--stages', default='', help='of the figure, with commas between them (all)')
+    parser.add_argument('--output', type=Path, default=Path('figure.svg'), help='figure.svg, or a chart in an .md file')
     options = parser.parse_args(arguments)
     if options.figure:
-        write_figure(options.workdir, options.figure, options.output)
+        stages = [name for name in options.stages.split(',') if name]
+        write_figure(options.workdir, options.figure, options.output, stages)
         print(options.output)
     else:
         print(write_report(options.workdir))
