@@ -14,6 +14,7 @@ from small import get_config, model_config, one_device, placed
 from text import small_tokenizer
 
 from data.errors import InputError
+from data.sources import ENDLESS
 from data.tasks import Prompt, Verdict, get_task
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
@@ -266,6 +267,12 @@ def test_settings_that_cannot_work_are_refused(field: str, value: Any, message: 
         stream(**{field: value})
 
 
-def test_an_answer_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(InputError, match='expected sequence_length of that or more'):
+def test_problems_that_leave_no_room_are_replaced() -> None:
+    class Long(Scored):
+        def prompt(self, index: int) -> Prompt:
+            text = f'say {"more " * 60}' if index == 1 else f'say {index}'
+            return Prompt(text, '', text, {'index': index})
+
+    assert [p.prompt.text for p in stream(Long())._pose()] == ['say 0', f'say {1 + ENDLESS}', 'say 2']
+    with pytest.raises(InputError, match='sequence_length is 8: .* no room in it for answers of max_tokens 12'):
         stream(sequence_length=8).next(0, model()[1])

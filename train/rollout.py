@@ -13,13 +13,14 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Batch, Segment, empty_batch, pack
+from data.sources import ENDLESS
 from data.stream import State
-from data.tasks import Prompt, Task, different
+from data.tasks import DRAWS, Prompt, Task, different
 from data.tokenizer import Tokenizer
 from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
 from train.curriculum import Levels
-from train.episodes import Episode, Sample, play
+from train.episodes import Episode, Sample, chat_prompt, play
 from train.host import say
 from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
@@ -195,8 +196,17 @@ class RolloutStream:
         return [Problem(*fields) for fields in zip(numbers, levels, tasks, prompts, strict=True)]
 
     def _prompt(self, level: int, number: int) -> Prompt:
-        pool = self._pools[level]
-        return pool[number % len(pool)] if pool else self._levels.tasks[level].prompt(number)
+        """Problem `number`, or, where it leaves a row no room for an answer, one that nobody else has in its place."""
+        c, pool = self._config, self._pools[level]
+        for attempt in range(DRAWS):
+            index = number + attempt * ENDLESS
+            prompt = pool[index % len(pool)] if pool else self._levels.tasks[level].prompt(index)
+            if len(chat_prompt(prompt, self._tokenizer)) + c['max_tokens'] <= c['sequence_length']:
+                return prompt
+        raise InputError(
+            f'sequence_length is {c["sequence_length"]}: {DRAWS} problems left no room in it for answers of max_tokens '
+            f'{c["max_tokens"]}: expected a larger one'
+        )
 
     def _numbers(self) -> range:
         """Numbers of the next `prompts` problems, which no other has."""
