@@ -126,26 +126,31 @@ class CheckpointMember:
         return render_chat(prompt, self._loaded.tokenizer, add_generation_prompt=True)[0]
 
 
+def _judge(
+    read: Callable[[Sequence[Item]], list[float | None]], threshold: float, score: Callable[[float], float]
+) -> Judge:
+    """Accepts what has `threshold` or more of what is read of it, and abstains where that is None."""
+
+    def judge(items: Sequence[Item], seed: int) -> list[Vote]:
+        return [Vote(None) if x is None else Vote(bool(x >= threshold), score(x)) for x in read(items)]
+
+    return judge
+
+
 def likelihood_judge(member: CheckpointMember, threshold: float) -> Judge:
     """Accepts answers whose tokens have a mean log-probability of `threshold` or more; the score is its exponential. It
     abstains on those too long for its context."""
 
-    def judge(items: Sequence[Item], seed: int) -> list[Vote]:
-        means = [values.mean().item() if len(values) else None for values in member.token_logprobs(items)]
-        return [Vote(None) if x is None else Vote(bool(x >= threshold), min(1.0, math.exp(x))) for x in means]
+    def means(items: Sequence[Item]) -> list[float | None]:
+        return [values.mean().item() if len(values) else None for values in member.token_logprobs(items)]
 
-    return judge
+    return _judge(means, threshold, lambda x: min(1.0, math.exp(x)))
 
 
 def reward_judge(member: CheckpointMember, threshold: float = 0.0) -> Judge:
     """Accepts answers that a reward model gives `threshold` or more; the score is the reward's logistic. It abstains on
     those too long for its context."""
-
-    def judge(items: Sequence[Item], seed: int) -> list[Vote]:
-        rewards = member.values(items)
-        return [Vote(None) if x is None else Vote(bool(x >= threshold), 0.5 + math.tanh(x / 2) / 2) for x in rewards]
-
-    return judge
+    return _judge(member.values, threshold, lambda x: 0.5 + math.tanh(x / 2) / 2)
 
 
 def chosen(table: Mapping[str, Callable[..., Any]], spec: Mapping[str, Any], what: str, *given: Any) -> Any:
