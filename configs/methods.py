@@ -172,11 +172,12 @@ def _proposals(config: ConfigDict) -> None:
             'batch_size': 160,
             'microbatches': 4,
             'max_tokens': 48,
-            'optimizer': {**ADAM, 'learning_rate': 0.0005},
+            'optimizer': {**ADAM, 'learning_rate': 0.0002},
         }
         add_stage(config, f'uniform_{seed}', 'grpo', levels=levels, steps=80, **rl)
         add_stage(config, f'solve_rate_{seed}', 'grpo', levels=levels, curriculum='solve_rate', steps=80, **rl)
-        add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=80, **rl)
+        # Proposals are short, and so are the answers to them: as many tokens in more steps.
+        add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=150, **rl)
 
 
 VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'proposals': _proposals}
