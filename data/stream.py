@@ -28,7 +28,9 @@ class Stream(Protocol):
 
     `rows` are the numbers, in the global batch, of the rows its batches hold: all, or those of this process.
 
-    A stream whose `next` computes with the variables names that work in an attribute `work` ('sampling', say).
+    A stream whose `next` computes with the variables names that work in an attribute `work` ('sampling', say). One that
+    has something to tell beside its batches appends (kind, detail) to a list, its attribute `events`, and whoever runs
+    it takes it from there.
     """
 
     @property

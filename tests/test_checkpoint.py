@@ -17,7 +17,8 @@ from text import small_tokenizer
 from data.errors import InputError
 from model.sharding import make_mesh
 from model.transformer import Model
-from train.checkpoint import ARRAYS, Checkpoints, fingerprints, load, read_json, split_address, write_json
+from train.checkpoint import ARRAYS, Checkpoints, load, read_json, split_address, write_json
+from train.fingerprints import fingerprints
 from train.optimizer import make_optimizer
 from train.stages import COMMON
 from train.step import State, initial_state
@@ -104,6 +105,17 @@ def test_old_checkpoints_go_and_the_newest_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.steps() == [3, 4]
     checkpoints.close()
+
+
+def test_what_was_saved_out_of_turn_goes_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, every=2, pinned=(2,))
+    left = []
+    for step in (2, 4, 6, 7, 8, 9):
+        checkpoints.save(step, at(step), STREAM, METADATA)
+        checkpoints.wait()
+        left.append(checkpoints.steps())
+    checkpoints.close()
+    assert left == [[2], [2, 4], [2, 4, 6], [2, 4, 6, 7], [2, 6, 8], [2, 6, 8, 9]]
 
 
 def test_fingerprints_see_every_bit_and_no_sharding() -> None:

@@ -123,6 +123,13 @@ def test_everything_foreign_is_escaped(workdir: Path) -> None:
     assert '&lt;script&gt;' in page and '\x00' not in page and '\x1b' not in page
 
 
+def test_events_are_shown(workdir: Path) -> None:
+    line = {'step': 7, 'kind': 'save failed', 'detail': 'no <space> left'}
+    (workdir / 'sft' / 'events.jsonl').write_text(json.dumps(line) + '\n{"step": 8, "ki')
+    page = write_report(workdir).read_text()
+    assert 'sft: 1</summary>' in page and '<td>save failed</td><td class="soft">no &lt;space&gt; left</td>' in page
+
+
 def test_changes_are_judged_by_their_intervals(workdir: Path) -> None:
     page = write_report(workdir).read_text('utf-8')
     assert '<span class="gain">+48.0 points</span>' in page

@@ -180,19 +180,19 @@ def test_groups_of_equal_reward_are_counted_and_have_no_gradient() -> None:
     assert (mixed['segments'] > 0).sum() > (arrays['segments'] > 0).sum()
 
 
-def test_a_reward_that_can_be_gamed_raises_an_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reward_that_can_be_gamed_raises_an_alarm() -> None:
     """Coins are thrown for answers of which a verifier finds none right; with the verifier as reward all is quiet."""
     gamed = stream(Scored(hopeless=PROMPTS), reward='random')
     _, state = gamed.next(0, model()[1])
     said = state['metrics']
     assert said['reward/verified'] == 0 and said['reward/gap'] == said['reward/mean'] > 0.25 and said['alarms'] >= 1
-    assert 'alarm: reward/gap is' in capsys.readouterr().out
+    assert gamed.events[0][0] == 'alarm' and gamed.events[0][1].startswith('reward/gap is')
     _, state = stream(alarms={'reward/gap': 0.25}).next(0, model()[1])
     assert state['metrics']['reward/gap'] == 0 and state['metrics']['alarms'] == 0
     strict = stream(strict=[Scored(hopeless=PROMPTS)], alarms={'reward/gap': 0.05})
     _, state = strict.next(0, model()[1])
     assert state['metrics']['reward/gap'] == state['metrics']['reward/mean'] > 0.05
-    assert state['metrics']['alarms'] == 1 and 'alarm' in capsys.readouterr().out
+    assert state['metrics']['alarms'] == len(strict.events) == 1
 
 
 def test_repeated_ngrams_are_counted() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
-import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -22,7 +22,8 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
-from train.host import fetch, gather_text, is_primary, wait_for_all
+from train.fingerprints import Lazy, fingerprints
+from train.host import gather_text, is_primary, wait_for_all
 from train.step import State
 
 ARRAYS = ('params', 'balance', 'optimizer')
@@ -54,19 +55,6 @@ class Loaded:
     metadata: Metadata
 
 
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-    """A float32 array of a tree to save that is made by `read` whenever it is needed, and not kept."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-    dtype = np.dtype(np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes arrays one after the other, so that one of them is in memory at a time."""
 
@@ -80,59 +68,60 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Two wrapping uint32 sums a leaf over its bits, the second weighted by position: no sharding changes them."""
-
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
-        return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * place).sum(dtype=jnp.uint32)])
-
-    return [one(x) for x in leaves]
-
-
-def _host_fingerprint(x: np.ndarray) -> tuple[int, int]:
-    """The same two sums of an array on the host, piece by piece: they need next to no memory beside it."""
-    bits = np.ascontiguousarray(x).reshape(-1).view(f'u{x.dtype.itemsize}')
-    plain, placed = np.uint32(0), np.uint32(0)
-    with np.errstate(over='ignore'):
-        for start in range(0, bits.size, 2**24):
-            piece = bits[start : start + 2**24].astype(np.uint32)
-            place = np.arange(start, start + piece.size, dtype=np.uint64) * np.uint64(2654435761) + np.uint64(1)
-            plain += piece.sum(dtype=np.uint32)
-            placed += (piece * place.astype(np.uint32)).sum(dtype=np.uint32)
-    return int(plain), int(placed)
-
-
-def fingerprints(tree: Any) -> dict[str, str]:
-    """For each leaf's path: dtype, shape and fingerprint in one string."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if leaves and isinstance(leaves[0][1], (Lazy, np.ndarray)):
-        sums = [_host_fingerprint(x.read() if isinstance(x, Lazy) else x) for _, x in leaves]
-    else:
-        sums = fetch(_fingerprints([jnp.asarray(x) for _, x in leaves]))
-    named = zip(leaves, sums, strict=True)
-    return {jax.tree_util.keystr(p): f'{x.dtype} {list(x.shape)} {s[0]:08x}{s[1]:08x}' for (p, x), s in named}
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Retention:
+    """Orbax's question which checkpoints, oldest first, stay when a new one is there (see `Checkpoints`)."""
+
+    keep: int
+    every: int
+    pinned: frozenset[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        stay = {steps[-1], *[step for step in steps if step % self.every == 0][-self.keep :]} | self.pinned
+        return [step in stay for step in steps]
 
 
 class Checkpoints:
     """The checkpoints of one stage, in `folder`."""
 
-    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
-        """`keep` is how many of the newest stay."""
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 2,
+        every: int = 1,
+        pinned: Sequence[int] = (),
+        read_only: bool = False,
+        note: Callable[[int, str, str], None] | None = None,
+    ):
+        """
+        Args:
+            keep: how many of the newest stay, of those at multiples of `every` steps. A later one stays as well, until
+                the next is there: one saved out of turn costs none of the others.
+            pinned: steps that stay whatever comes.
+            note: is told the step, kind and detail of saves that failed and checkpoints that are broken; they are
+                logged as warnings by default.
+        """
+        self._folder = folder.absolute()
+        self._retention = _Retention(keep, every, frozenset(pinned))
+        self._read_only = read_only
+        self._note = note or (lambda step, kind, detail: logging.warning('%s: %s', kind, detail))
+        self._saving = 0  # the step saved last
+        self._failure = ''  # why that save failed
+        self._open()
+
+    def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
-            create=not read_only,
-            read_only=read_only,
+            preservation_policy=None if self._read_only else self._retention,
+            create=not self._read_only,
+            read_only=self._read_only,
             # Without these a kill while an old step is being deleted leaves half of it behind.
-            cleanup_tmp_directories=not read_only,
-            todelete_subdir=None if read_only else 'deleted',
+            cleanup_tmp_directories=not self._read_only,
+            todelete_subdir=None if self._read_only else 'deleted',
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ('stream', 'metadata')}
@@ -151,8 +140,6 @@ class Checkpoints:
         for name in ('stream', 'metadata'):
             registry.add(name, ocp.args.JsonSave, handlers[name])
             registry.add(name, ocp.args.JsonRestore, handlers[name])
-        self._folder = folder.absolute()
-        self._read_only = read_only
         self._manager = ocp.CheckpointManager(self._folder, options=options, handler_registry=registry)
 
     def steps(self) -> list[int]:
@@ -162,9 +149,13 @@ class Checkpoints:
     def save(self, step: int, state: State, stream: Any, metadata: Metadata) -> None:
         """Starts to save; the arrays are copied before it returns, the disk is written behind the run's back.
 
+        A save that fails shows here, in the next one or in `wait`. It is noted and what it has written removed, so that
+        a full disk is not kept full; of many processes none can know what the others wrote, and the error is raised.
+
         `stream`: the state of this process's stream; that of all is saved. Trees of `Lazy` arrays are written before it
         returns, each array made twice and one in memory at a time.
         """
+        self._settle()
         stream = merged([json.loads(text) for text in gather_text(json.dumps(stream))])
         arrays = {name: state[name] for name in ARRAYS if jax.tree.leaves(state[name])}
         record = {
@@ -176,7 +167,29 @@ class Checkpoints:
         record['sha256'] = _digest(record)
         items: dict[str, Any] = {name: _saving(tree) for name, tree in arrays.items()}
         items |= {'stream': ocp.args.JsonSave(stream), 'metadata': ocp.args.JsonSave(record)}
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saving, self._failure = step, ''
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # whatever a full or failing disk makes Orbax raise
+            self._give_up(error)
+
+    def _settle(self) -> None:
+        """Returns when the save under way is over."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if jax.process_count() > 1:
+            raise error
+        self._failure = ' '.join(str(error).split())[:300] or type(error).__name__
+        self._note(self._saving, 'save failed', f'{self._folder / str(self._saving)}: {self._failure}')
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        for left in self._folder.glob(f'{self._saving}.orbax-checkpoint-tmp*'):
+            shutil.rmtree(left, ignore_errors=True)
+        self._open()
 
     def restore(self, wanted: dict[str, Any], step: int | None = None, part: bool = False) -> Restored | None:
         """The newest sound checkpoint (or that of `step`), None if there is none.
@@ -203,20 +216,28 @@ class Checkpoints:
                     raise InputError(
                         f'{self._folder / str(candidate)}: the checkpoint cannot be read: {line}'
                     ) from error
-                logging.warning('%s is broken (%s): taking the one before it', self._folder / str(candidate), line)
+                detail = f'{self._folder / str(candidate)} is broken ({line}): taking the one before it'
+                self._note(candidate, 'broken checkpoint', detail)
                 broken.append(candidate)
         return None
 
-    def _set_aside(self, broken: list[int]) -> None:
-        """Moves broken checkpoints out of the way of those that will be saved at the same steps."""
+    def go_back(self, step: int) -> int | None:
+        """Puts all checkpoints aside but those up to `step`, or the oldest. Gives the newest left, if there is one."""
+        steps = self.steps()
+        left = [x for x in steps if x <= step] or steps[:1]
+        self._set_aside([x for x in steps if x not in left], 'abandoned')
+        return left[-1] if left else None
+
+    def _set_aside(self, broken: list[int], kind: str = 'broken') -> None:
+        """Moves checkpoints out of the way of those that will be saved at the same steps."""
         if not broken or self._read_only:
             return
-        aside = self._folder.with_name(self._folder.name + '.broken')
+        aside = self._folder.with_name(f'{self._folder.name}.{kind}')
         if is_primary():
             aside.mkdir(exist_ok=True)
             for step in broken:
                 (self._folder / str(step)).rename(aside / f'{step}.{len(list(aside.iterdir()))}')
-        wait_for_all('broken checkpoints are set aside')
+        wait_for_all('checkpoints are set aside')
         self._manager.reload()
 
     def _read(self, step: int, wanted: dict[str, Any], part: bool) -> Restored:
@@ -282,11 +303,14 @@ class Checkpoints:
         return read
 
     def wait(self) -> None:
-        """Returns when everything is on disk; an error of the disk surfaces here."""
-        self._manager.wait_until_finished()
+        """Returns when everything is on disk. Raises InputError where the last save failed."""
+        self._settle()
+        if self._failure:
+            raise InputError(f'{self._folder / str(self._saving)}: the checkpoint could not be saved: {self._failure}')
 
     def close(self) -> None:
         """Waits, and lets go of Orbax's threads."""
+        self._settle()
         self._manager.close()
 
 

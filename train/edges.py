@@ -130,12 +130,10 @@ def saved_steps(stage: Mapping[str, Any]) -> list[int]:
     return [*range(stage['save_every'], stage['steps'], stage['save_every']), stage['steps']]
 
 
-def steps_kept(config: Config, name: str) -> int:
-    """How many of its newest checkpoints a stage keeps: so many that all steps that others name are among them."""
-    stage = config['stages'][name]
+def steps_pinned(config: Config, name: str) -> list[int]:
+    """The steps of a stage that others name: their checkpoints stay."""
     addresses = [split_address(address) for other in config['stages'].values() for address in edges(other)]
-    pinned = [step for needed, step in addresses if needed == name and step is not None]
-    return max([stage['keep'], *(sum(saved >= step for saved in saved_steps(stage)) for step in pinned)])
+    return sorted({step for needed, step in addresses if needed == name and step is not None})
 
 
 def differences(before: Any, now: Any, path: str) -> list[list[Any]]:

@@ -33,10 +33,11 @@ from train.edges import (
     parents,
     records_needed,
     stage_model,
-    steps_kept,
+    steps_pinned,
 )
 from train.evaluate import checked, evaluate
 from train.host import is_primary, say, wait_for_all
+from train.lock import locked
 from train.loop import Plan, train
 from train.make import RECORDS, write_records
 from train.merge import average
@@ -82,18 +83,19 @@ class Run:
 
     def __call__(self, last: str = '') -> None:
         """Runs every stage that is not finished, or those that stage `last` needs and itself."""
-        names = needed_for(self.config, last) if last else self.order
-        finished = {name: self._finished(name) for name in names}
-        for name in names:
-            if not finished[name]:
-                self._check(name)
-        for name in names:
-            if finished[name]:
-                say(f'{name}: finished before')
-            else:
-                self._run(name)
-                self.write_lineage()
-        self.write_lineage()
+        with locked(self.workdir):
+            names = needed_for(self.config, last) if last else self.order
+            finished = {name: self._finished(name) for name in names}
+            for name in names:
+                if not finished[name]:
+                    self._check(name)
+            for name in names:
+                if finished[name]:
+                    say(f'{name}: finished before')
+                else:
+                    self._run(name)
+                    self.write_lineage()
+            self.write_lineage()
 
     def _check(self, name: str) -> None:
         """Raises InputError for what is wrong with a stage: before the first stage runs, not when its turn comes."""
@@ -286,11 +288,8 @@ class Run:
 
     def _merge(self, name: str) -> dict[str, Any]:
         """Averages a stage's parents, saves that as step 0 and evaluates it. It cost so far what the costliest did."""
-        stage, model, merge = (
-            self.stages[name],
-            Model(self.model_config(name)),
-            get_kind(self.stages[name]['kind']).merge,
-        )
+        stage, model = self.stages[name], Model(self.model_config(name))
+        merge = get_kind(stage['kind']).merge
         assert merge is not None
         shapes, spent = model.shapes(self.mesh), dict.fromkeys(('tokens', 'flops'), 0)
 
@@ -303,6 +302,7 @@ class Run:
             variables = average(merge(stage), read)
         checkpoints = Checkpoints(self.workdir / name / 'checkpoints')
         checkpoints.save(0, {**variables, 'optimizer': {}}, {}, {**self._metadata(name), **spent})
+        checkpoints.wait()
         checkpoints.close()
         evaluations = self._evaluate(name, model, variables)
         return {'tokens': 0, 'flops': 0.0, 'parameters': model.parameter_counts, 'evaluations': evaluations}
@@ -329,7 +329,8 @@ class Run:
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
             steps=stage['steps'],
             save_every=stage['save_every'],
-            keep=steps_kept(self.config, name),
+            keep=stage['keep'],
+            pinned=steps_pinned(self.config, name),
             layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from tensorboardX import SummaryWriter
 
 from data.stream import Stream
 from model.transformer import Model
 from train.checkpoint import Checkpoints
+from train.events import note
 from train.host import cpu_seconds, is_primary
+from train.log import Log, set_aside
 from train.objectives import Objective
-from train.progress import Progress
+from train.preemption import Preempted, notice
 from train.step import Layout, State, make_step
 
 
@@ -34,7 +35,7 @@ class Plan:
         model, objective, optimizer, stream: what is trained, on what, and how.
         trainable: an expression that selects the parameters which learn (see `train.step.trained`).
         learning_rate: of the step; a factor on the optimizer's updates.
-        steps, save_every, keep: counts.
+        steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -51,6 +52,7 @@ class Plan:
     steps: int
     save_every: int
     keep: int
+    pinned: Sequence[int]
     layout: Layout
     tokens: int
     flops: float
@@ -83,9 +85,15 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     """Takes the state to `plan.steps`, from the newest checkpoint in the folder if there is one.
 
     Batches come in order from `plan.stream.next(step, variables)`. Metrics of a step are read while the next one runs.
-    The last state is always saved, and is on disk when this returns.
+    The last state is always saved, and is on disk when this returns. Told to end (see `train.preemption`), it saves
+    after the step under way.
+
+    Raises:
+        Preempted: it was told to end before the last step.
+        InputError: the last state could not be saved. Of other saves that fail, the next is waited for.
     """
-    checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep)
+    tell = functools.partial(note, plan.folder)
+    checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep, plan.save_every, plan.pinned, note=tell)
     spent = Spent(plan.tokens, plan.flops)
     state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
@@ -97,7 +105,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpoints))  # an interrupted run still finishes the save it has begun
         stack.enter_context(jax.set_mesh(plan.layout.mesh))
-        log = stack.enter_context(_Log(plan, first)) if is_primary() else None
+        log = stack.enter_context(Log(plan.folder, plan.name, plan.steps, first)) if is_primary() else None
+        leave = stack.enter_context(notice())
         reported = time.perf_counter()
 
         def report(step: int, device: dict[str, jax.Array], stream_state: dict[str, Any], length: int) -> None:
@@ -136,6 +145,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             batch, stream_state = plan.stream.next(step, variables)
             made = time.perf_counter()
             placed = plan.layout.place(batch, plan.stream.rows)
+            while told := getattr(plan.stream, 'events', None):
+                tell(step + 1, *told.pop(0))
             spent.stream_seconds += made - asked
             spent.place_seconds += time.perf_counter() - made
             state, metrics = step_function(state, placed, rates[step])
@@ -147,38 +158,18 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             if pending is not None:
                 report(*pending)
             pending = (step, metrics, stream_state, batch['tokens'].shape[1])
-            if step + 1 == plan.steps or (step + 1) % plan.save_every == 0:
+            leaving = leave(step + 1) and step + 1 < plan.steps
+            if step + 1 == plan.steps or (step + 1) % plan.save_every == 0 or leaving:
                 report(*pending)
                 pending = None
                 totals = {'tokens': spent.tokens, 'flops': spent.flops}
                 checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
+            if leaving:
+                checkpoints.wait()
+                tell(step + 1, 'preempted', 'told to end: saved, to go on when started again')
+                raise Preempted
+        checkpoints.wait()
     return state, spent
-
-
-class _Log:
-    """Where the metrics of steps go: a line of JSON each, TensorBoard events, the progress bar."""
-
-    def __init__(self, plan: Plan, first: int):
-        self._events = SummaryWriter(str(plan.folder), flush_secs=30)
-        self._lines = (plan.folder / 'metrics.jsonl').open('a')
-        self._progress = Progress(plan.steps, plan.name, initial=first)
-
-    def __enter__(self) -> _Log:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
-        self._lines.close()
-        self._events.close()
-
-    def write(self, line: dict[str, Any], tokens: int) -> None:
-        self._lines.write(json.dumps(line) + '\n')
-        self._lines.flush()
-        for name, value in line.items():
-            self._events.add_scalar(name, value, line['step'])
-        shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
-        self._progress.update(line['step'], tokens, **shown)
 
 
 def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) -> State:
@@ -193,25 +184,5 @@ def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) ->
         spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
         plan.stream.restore(restored.stream)
     if is_primary():
-        _set_aside(plan.folder, step)
+        set_aside(plan.folder, step)
     return state
-
-
-def _set_aside(folder: Path, step: int) -> None:
-    """Moves metric lines of steps after `step`, which will be taken again, to `metrics.replayed.jsonl`."""
-    path = folder / 'metrics.jsonl'
-    if not path.exists():
-        return
-    kept: list[str] = []
-    moved: list[str] = []
-    for line in path.read_text().splitlines(keepends=True):
-        try:
-            (kept if json.loads(line)['step'] <= step else moved).append(line)
-        except ValueError:  # cut off by a kill
-            moved.append(line.rstrip('\n') + '\n')
-    if moved:
-        with (folder / 'metrics.replayed.jsonl').open('a') as replayed:
-            replayed.writelines(moved)
-        temporary = folder / 'metrics.jsonl.tmp'
-        temporary.write_text(''.join(kept))
-        temporary.replace(path)

@@ -37,6 +37,7 @@ KINDS = {
     'merge': 'Averages the parameters of several checkpoints; nothing is trained.',
 }
 SAMPLES = 6  # shown per stage
+EVENTS_SHOWN = 100  # per stage
 GREY = '#777'  # readable on white and on near-black, where no page gives a colour
 FIGURES = {  # metric: (title, note)
     'loss': (
@@ -59,8 +60,8 @@ FIGURES = {  # metric: (title, note)
 def write_report(workdir: Path) -> Path:
     """Writes `workdir`/report.html and returns its path.
 
-    It reads lineage.json and the stages' metrics.jsonl and samples.jsonl. A stage may lack them, and lines that a
-    killed run left half-written are passed over.
+    It reads lineage.json and the stages' metrics.jsonl, samples.jsonl and events.jsonl. A stage may lack them, and
+    lines that a killed run left half-written are passed over.
 
     Raises:
         InputError: lineage.json is missing, or is not the record of a run.
@@ -70,7 +71,8 @@ def write_report(workdir: Path) -> Path:
     stages: list[dict[str, Any]] = lineage['stages']
     metrics = {stage['name']: _read_metrics(workdir / stage['name'] / 'metrics.jsonl') for stage in stages}
     samples = {stage['name']: _read_lines(workdir / stage['name'] / 'samples.jsonl') for stage in stages}
-    page = _page(workdir.resolve().name, lineage.get('run') or {}, stages, metrics, samples)
+    events = {stage['name']: _read_lines(workdir / stage['name'] / 'events.jsonl') for stage in stages}
+    page = _page(workdir.resolve().name, lineage.get('run') or {}, stages, metrics, samples, events)
     path = workdir / 'report.html'
     partial = path.with_suffix('.html.partial')
     partial.write_bytes(page.encode('utf-8', 'replace'))
@@ -123,6 +125,7 @@ def _page(
     stages: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, list[dict[str, Any]]],
     samples: Mapping[str, list[dict[str, Any]]],
+    events: Mapping[str, list[dict[str, Any]]],
 ) -> str:
     colours = {stage['name']: PALETTE[i % len(PALETTE)] for i, stage in enumerate(stages)}
     facts = [run.get('created'), run.get('device'), f'{len(stages)} stages', *_totals(stages)]
@@ -139,6 +142,7 @@ def _page(
         ),
         *_figures(metrics, colours),
         _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
+        _section('What happened on the way', _events(events), 'Interruptions, alarms and what was done about them.'),
         _section('What each stage changed', _changes(stages), 'Config fields that differ from the parent stage.'),
     ]
     if run.get('command'):
@@ -291,6 +295,21 @@ def _samples(stages: Sequence[Mapping[str, Any]], samples: Mapping[str, list[dic
             for line in shown
         )
         blocks.append(f'<details open><summary>after {_text(stage["name"])}</summary>{items}</details>')
+    return ''.join(blocks)
+
+
+def _events(events: Mapping[str, list[dict[str, Any]]]) -> str:
+    blocks = []
+    for stage, lines in events.items():
+        rows = ''.join(
+            f'<tr><td>{_text(line.get("step", ""))}</td><td>{_text(line.get("kind", ""))}</td>'
+            f'<td class="soft">{_text(_brief(line.get("detail", "")))}</td></tr>'
+            for line in lines[:EVENTS_SHOWN]
+        )
+        more = f'<p class="soft">and {len(lines) - EVENTS_SHOWN:,} more</p>' if len(lines) > EVENTS_SHOWN else ''
+        head = '<thead><tr><th>step</th><th>event</th><th></th></tr></thead>'
+        table = f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>{more}'
+        blocks += [f'<details><summary>{_text(stage)}: {len(lines):,}</summary>{table}</details>'] if lines else []
     return ''.join(blocks)
 
 

@@ -21,7 +21,6 @@ from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
 from train.curriculum import Levels
 from train.episodes import Episode, Sample, chat_prompt, play
-from train.host import say
 from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
 from train.scoring import Other, Scorer
@@ -107,6 +106,7 @@ class RolloutStream:
         }
         self.rows = range(c['batch_size'])  # every process has all of them: they come from one sampler
         self._position = 0  # problems posed so far
+        self.events: list[tuple[str, str]] = []
         self._raised = 0  # alarms of the last rollout
         self._kl_coefficient = float(c['kl_reward'])
         self._waiting: list[list[Trajectory]] = []  # minibatches of the last rollout that are still to come
@@ -171,7 +171,7 @@ class RolloutStream:
         raised = alarms(metrics, as_dict(c['alarms']))
         metrics['alarms'] = float(len(raised))
         for line in raised if metrics['alarms'] > self._raised else ():
-            say(f'alarm: {line}')
+            self.events.append(('alarm', line))
         self._raised = len(raised)
         if c['refills']:
             metrics['rollout/problems'] = float(len(earned))
