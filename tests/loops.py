@@ -78,6 +78,7 @@ def plan(folder: Path, devices: int = 1, stream: Any = None, **changes: Any) -> 
         'save_every': 2,
         'keep': 2,
         'pinned': (),
+        'guard': COMMON['guard'],
         'layout': Layout(mesh, rows, LENGTH, 1),
         'tokens': 0,
         'flops': 0.0,

@@ -36,6 +36,7 @@ from train.edges import (
     steps_pinned,
 )
 from train.evaluate import checked, evaluate
+from train.health import check_guard
 from train.host import is_primary, say, wait_for_all
 from train.lock import locked
 from train.loop import Plan, train
@@ -43,7 +44,7 @@ from train.make import RECORDS, write_records
 from train.merge import average
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
-from train.stages import get_kind, stage_objective, training_kind
+from train.stages import get_kind, stage_defaults, stage_objective, training_kind
 from train.step import Layout, State, initial_state, optimizer_shapes, trained
 from train.streams import Context
 
@@ -115,6 +116,7 @@ class Run:
                 return
             self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
+            check_guard(stage['guard'])
             before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model
             if (before.paths, before.adapter) != (model.paths, model.adapter):
                 raise InputError(
@@ -157,8 +159,7 @@ class Run:
         """The run's tokenizer: the one kept in the workdir, a given one, that of a folder which a stage starts from, or
         one trained on the training split."""
         folder = self.workdir / 'tokenizer'
-        settings = as_dict(self.config['tokenizer'])
-        kept = folder.is_dir()
+        settings, kept = as_dict(self.config['tokenizer']), folder.is_dir()
         names = [split_address(a)[0] for name in self.order for a in edges(self.stages[name]) if is_folder(a)]
         given = settings['path'] or (tokenizer_folder(stage_folder(names[0])) if names else '')
         if kept:
@@ -219,7 +220,7 @@ class Run:
             return False
         kept, now = read_json(folder / 'config.json'), self.record(name)
         kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
-        kept['stage'] = {**({'trainable': ''} if 'trainable' in now['stage'] else {}), **kept['stage']}
+        kept['stage'] = {**json.loads(json.dumps(stage_defaults(now['stage']['kind']))), **kept['stage']}
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
             different = [d for d in different if d[0] not in ('stage.evaluations', 'stage.save_every', 'stage.keep')]
@@ -331,6 +332,7 @@ class Run:
             save_every=stage['save_every'],
             keep=stage['keep'],
             pinned=steps_pinned(self.config, name),
+            guard=stage['guard'],
             layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),
@@ -409,10 +411,9 @@ class Run:
 
     def _evaluate(self, name: str, model: Model, variables: Variables) -> dict[str, Any]:
         """The stage's evaluations; each is kept as soon as it is there, so that a kill costs one at most."""
-        folder, results = self.workdir / name, {}
+        folder = self.workdir / name
         path = folder / 'evaluations.json'
-        if path.exists():
-            results = read_json(path)
+        results = read_json(path) if path.exists() else {}
         with jax.set_mesh(self.mesh):
             for evaluation in self.stages[name].get('evaluations', ()):
                 if evaluation in results:
@@ -421,10 +422,9 @@ class Run:
                 result = evaluate(model, variables, self.tokenizer, spec, workdir=self.workdir)
                 samples = result.pop('samples', [])
                 if is_primary():
+                    step = self.stages[name].get('steps', 0)
                     with (folder / 'samples.jsonl').open('a') as lines:
-                        lines.writelines(
-                            json.dumps({'step': self.stages[name].get('steps', 0), **s}) + '\n' for s in samples
-                        )
+                        lines.writelines(json.dumps({'step': step, **s}) + '\n' for s in samples)
                 results[evaluation] = result
                 write_json(path, results)
                 say(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import jax
 import numpy as np
 import optax
 
+from data.errors import InputError
 from data.stream import Stream
 from model.transformer import Model
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, read_json, write_json
 from train.events import note
+from train.health import Rewind, Watch, guard, restored_health, saved_health
 from train.host import cpu_seconds, is_primary
 from train.log import Log, set_aside
 from train.objectives import Objective
 from train.preemption import Preempted, notice
 from train.step import Layout, State, make_step
+
+SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Plan:
         trainable: an expression that selects the parameters which learn (see `train.step.trained`).
         learning_rate: of the step; a factor on the optimizer's updates.
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
+        guard: against spikes (see `train.health`).
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -53,6 +58,7 @@ class Plan:
     save_every: int
     keep: int
     pinned: Sequence[int]
+    guard: Mapping[str, Any]
     layout: Layout
     tokens: int
     flops: float
@@ -90,16 +96,28 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
 
     Raises:
         Preempted: it was told to end before the last step.
-        InputError: the last state could not be saved. Of other saves that fail, the next is waited for.
+        InputError: the last state could not be saved (of other saves that fail, the next is waited for); what the guard
+            stops for, or would go back for where nothing was saved yet.
     """
+    while True:
+        try:
+            return _train(plan, state)
+        except Rewind as back:
+            _go_back(plan, back)
+
+
+def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     tell = functools.partial(note, plan.folder)
     checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep, plan.save_every, plan.pinned, note=tell)
     spent = Spent(plan.tokens, plan.flops)
     state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
-    step_function = jax.jit(make_step(plan.model, plan.objective, plan.optimizer, plan.trainable), donate_argnums=0)
+    one_step = make_step(plan.model, plan.objective, plan.optimizer, plan.trainable, guard(plan.guard))
+    step_function = jax.jit(one_step, donate_argnums=0)
     # All at once, as asking for one would wait for the devices.
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
+    left_out = set(read_json(plan.folder / SKIPPED)) if (plan.folder / SKIPPED).exists() else set()
+    watch = Watch(plan.guard, tell)
     stream_works = bool(getattr(plan.stream, 'work', ''))
     cpu_before = 0.0
     with contextlib.ExitStack() as stack:
@@ -116,6 +134,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             ready = time.perf_counter()
             waited = ready - now
             tokens = int(values.pop('tokens'))  # of all processes
+            verdict, row = int(values.pop('verdict', 0)), int(values.pop('row', 0))  # of the guard, where there is one
             spent.tokens += tokens
             spent.flops += tokens * plan.model.flops_per_token(length) + stream_state.get('flops', 0.0)
             line = {
@@ -131,6 +150,7 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             reported = ready
             if log is not None:
                 log.write(line, tokens)
+            watch(step + 1, verdict, row, values, asked=step + 1 in left_out)
             spent.log_seconds += time.perf_counter() - now - waited
             spent.total_seconds = time.perf_counter() - spent.warm
             spent.cpu_seconds = cpu_seconds() - cpu_before
@@ -149,7 +169,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
                 tell(step + 1, *told.pop(0))
             spent.stream_seconds += made - asked
             spent.place_seconds += time.perf_counter() - made
-            state, metrics = step_function(state, placed, rates[step])
+            rate = np.float32(np.nan) if step + 1 in left_out else rates[step]
+            state, metrics = step_function(state, placed, rate)
             if step == first:
                 jax.block_until_ready(state)
                 spent.warm, cpu_before = time.perf_counter(), cpu_seconds()
@@ -162,8 +183,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
             if step + 1 == plan.steps or (step + 1) % plan.save_every == 0 or leaving:
                 report(*pending)
                 pending = None
-                totals = {'tokens': spent.tokens, 'flops': spent.flops}
-                checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **totals})
+                more = {'tokens': spent.tokens, 'flops': spent.flops, 'health': saved_health(state.get('health', {}))}
+                checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **more})
             if leaving:
                 checkpoints.wait()
                 tell(step + 1, 'preempted', 'told to end: saved, to go on when started again')
@@ -177,12 +198,28 @@ def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) ->
     arrays = {name: state[name] for name in ('params', 'balance', 'optimizer')}
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
     restored = checkpoints.restore(wanted)
-    step = 0
+    step, health = 0, None
     if restored is not None:
         step = int(restored.metadata['step'])
-        state = {**state, **restored.arrays, 'step': state['step'] + step}
+        state = {**state, **restored.arrays, 'step': jax.device_put(np.int32(step), state['step'].sharding)}
+        health = restored.metadata.get('health')
         spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
         plan.stream.restore(restored.stream)
     if is_primary():
         set_aside(plan.folder, step)
+    if plan.guard['sigma']:
+        whole = jax.sharding.NamedSharding(plan.layout.mesh, jax.sharding.PartitionSpec())
+        state['health'] = jax.device_put(restored_health(plan.guard, health), whole)
     return state
+
+
+def _go_back(plan: Plan, back: Rewind) -> None:
+    """Puts checkpoints after a step aside, for the stage to go on from the one before; notes what to leave out."""
+    checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep, plan.save_every, plan.pinned)
+    with contextlib.closing(checkpoints):
+        step = checkpoints.go_back(back.step)
+    if step is None:
+        raise InputError(f'{plan.folder}: {back.reason}, and no checkpoint to go back to: set a smaller save_every')
+    path = plan.folder / SKIPPED
+    write_json(path, sorted({*(read_json(path) if path.exists() else ()), *back.skip}))
+    note(plan.folder, step, 'went back', f'{back.reason}; steps left out from now on: {list(back.skip)}')

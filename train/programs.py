@@ -15,6 +15,7 @@ import numpy as np
 from model.transformer import Model
 from train.decoding import admit, decode, empty_pool, prefill
 from train.edges import stage_model
+from train.health import first_health, guard
 from train.host import cpu_seconds
 from train.optimizer import make_optimizer
 from train.sampler import pool_size, prompt_width
@@ -61,10 +62,14 @@ def compiled_programs(config: Mapping[str, Any], name: str, mesh: jax.sharding.M
             'optimizer': optimizer_shapes(optimizer, trained(variables['params'], stage['trainable'])),
             'step': jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         }
+        if stage['guard']['sigma']:
+            health = first_health(stage['guard'])
+            state['health'] = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for n, x in health.items()}
         rows, length, parts = stage['batch_size'], stage['sequence_length'], stage['microbatches']
         batch = Layout(mesh, rows, length, parts).shapes(batch_shapes(stage))
         objective = stage_objective(stage, model.config)
-        step = jax.jit(make_step(model, objective, optimizer, stage['trainable']), donate_argnums=0)
+        step = make_step(model, objective, optimizer, stage['trainable'], guard(stage['guard']))
+        step = jax.jit(step, donate_argnums=0)
         work = f'{rows} x {length:,} tokens' + (f' in {parts} microbatches' if parts > 1 else '')
         flops = rows * length * model.flops_per_token(length)
         yield _program('train step', work, flops, lambda: step.lower(state, batch, np.float32(1)))[0]

@@ -86,6 +86,17 @@ COMMON: dict[str, Any] = {
         'muon_beta': 0.95,
         'clip': 1.0,
     },
+    # Against spikes: see `train.health`. `alarms` are limits of metrics, above which there is an event.
+    'guard': {
+        # 0: off. 6 is usual, in stages that predict text: losses of pairs and rewards have longer tails. The compiled
+        # update is another program with it, which rounds differently.
+        'sigma': 0.0,
+        'window': 128,
+        'patience': 8,
+        'policy': 'skip',
+        'back': 100,
+        'alarms': {'experts/starved': 0.5},
+    },
     'loss': {'multi_token': 0.0, 'z_loss': 0.0, 'sequence_balance': 1e-4, 'batch_balance': 0.0},
 }
 

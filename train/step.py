@@ -20,7 +20,8 @@ from model.sharding import RULES, named_sharding
 from model.transformer import Model, Variables, is_declared, subtree
 from train.objectives import Batch, Objective, total_loss
 
-State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}
+State = dict[str, Any]  # {'params', 'balance', 'optimizer', 'step'}, and 'health' where there is a guard
+Guard = Callable[[Any, dict[str, jax.Array], Any], tuple[jax.Array, Any, dict[str, jax.Array]]]
 
 
 def trained(params: Any, trainable: str) -> Any:
@@ -128,7 +129,11 @@ class Layout:
 
 
 def make_step(
-    model: Model, objective: Objective, optimizer: optax.GradientTransformation, trainable: str = ''
+    model: Model,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    trainable: str = '',
+    guard: Guard | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """The step function: (state, batch of `Layout.place`, factor on the update) -> (state, metrics as scalars).
 
@@ -138,6 +143,10 @@ def make_step(
     The loss is differentiated by the `trained` parameters alone, so that the backward pass of the others, their
     gradients and moments do not exist. Router biases move with the routers: beside one that stands still they would
     change a part of the model that was to stay as it is.
+
+    A `guard` says of a step's metrics whether its update is left out (see `train.health.guard`); what it knows is part
+    of the state, `health`. The update stands in a branch of its own: a choice between old and new numbers would be
+    fused with what computes them, and round them differently.
     """
     balances = not trainable or any(
         x.role == 'router' for x in jax.tree.leaves(trained(model.declared['params'], trainable), is_leaf=is_declared)
@@ -188,25 +197,35 @@ def make_step(
             total, _ = lax.scan(accumulate, zero, split)
         gradients, aux = total
 
-        updates, optimizer_state = optimizer.update(gradients, state['optimizer'], mine)
-        updates = jax.tree.map(lambda x: x * rate, updates)
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
         metrics |= {**aux['largest'], 'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
         metrics['tokens'] = jnp.sum(batch['segments'] > 0)
-        balance = state['balance']
         if aux['experts']:
             load = aux['experts']['load']
             mean = load.mean(-1)
             excess = jnp.where(mean > 0, load.max(-1) / jnp.maximum(mean, 1e-9) - 1, 0.0)
-            balance = model.updated_balance(balance, load) if balances else balance
             # MaxVio: how far the fullest expert is above the mean (Wang et al. 2024, equation 4), worst layer.
             metrics['experts/max_violation'] = jnp.max(excess)
+            # Experts with less than a tenth of the mean load, worst layer.
+            metrics['experts/starved'] = jnp.max((load < 0.1 * mean[..., None]).mean(-1))
             metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
-        return {
-            'params': _overlaid(state['params'], optax.apply_updates(mine, updates)),
-            'balance': balance,
-            'optimizer': optimizer_state,
-            'step': state['step'] + 1,
-        }, metrics
+
+        old = {name: state[name] for name in ('params', 'balance', 'optimizer')}
+
+        def updated() -> State:
+            updates, optimizer_state = optimizer.update(gradients, old['optimizer'], mine)
+            updates = jax.tree.map(lambda x: x * rate, updates)
+            moves = bool(aux['experts']) and balances
+            return {
+                'params': _overlaid(old['params'], optax.apply_updates(mine, updates)),
+                'balance': model.updated_balance(old['balance'], aux['experts']['load']) if moves else old['balance'],
+                'optimizer': optimizer_state,
+            }
+
+        if guard is None:
+            return {**updated(), 'step': state['step'] + 1}, metrics
+        skip, health, said = guard(state['health'], metrics, rate)
+        new = lax.cond(skip, lambda: old, updated)
+        return {**new, 'step': state['step'] + 1, 'health': health}, {**metrics, **said}
 
     return step

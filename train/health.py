@@ -1,0 +1,147 @@
+"""Spikes: updates that would do harm are skipped inside the compiled step, and what the host makes of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data.errors import InputError
+from train.signs import alarms
+
+Settings = Mapping[str, Any]
+# Names of what is watched, and the least deviation from the median that counts as one: loss in nats, the gradient's
+# norm as a logarithm, as it varies by factors.
+WATCHED = {'loss': 0.01, 'gradient_norm': 0.05}
+FINE, SPIKE, NOT_FINITE = range(3)
+POLICIES = ('skip', 'stop', 'rewind')
+
+
+class Rewind(Exception):
+    """The stage is to go back to the newest checkpoint at or before `step`, and then to leave out the steps `skip`."""
+
+    def __init__(self, step: int, reason: str, skip: tuple[int, ...] = ()):
+        super().__init__(reason)
+        self.step, self.reason, self.skip = step, reason, skip
+
+
+def check_guard(settings: Settings) -> None:
+    """Raises InputError for settings of a guard that mean nothing."""
+    for field, least in (('sigma', 0), ('window', 8), ('patience', 1), ('back', 0)):
+        if not settings[field] >= least:
+            raise InputError(f'guard.{field} is {settings[field]}: expected {least} or more')
+    if settings['policy'] == 'rewind' and not settings['sigma']:
+        raise InputError("guard.policy is 'rewind': expected a guard.sigma above 0, as it leaves out steps")
+    if settings['policy'] not in POLICIES:
+        raise InputError(f'guard.policy is {settings["policy"]!r}: expected one of {", ".join(POLICIES)}')
+
+
+def first_health(settings: Settings) -> dict[str, np.ndarray]:
+    """What the guard knows before the first step: for each number watched, its last values in accepted steps; how many
+    steps were accepted, and how many before this one were not fine in a row."""
+    windows = {name: np.zeros(settings['window'], np.float32) for name in WATCHED}
+    return {**windows, 'accepted': np.zeros((), np.int32), 'row': np.zeros((), np.int32)}
+
+
+def saved_health(health: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The same as JSON; float32 survives that to the last bit."""
+    return {name: np.asarray(x).tolist() for name, x in jax.device_get(dict(health)).items()}
+
+
+def restored_health(settings: Settings, saved: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """From what `saved_health` gave; new where a checkpoint has none, or one of another window."""
+    new = first_health(settings)
+    if not saved or len(saved['loss']) != settings['window']:
+        return new
+    return {name: np.asarray(saved[name], x.dtype) for name, x in new.items()}
+
+
+def guard(settings: Settings) -> Callable[..., Any] | None:
+    """Says of a step whether its update is skipped: where loss or gradient are out of the ordinary. None for sigma 0.
+
+    That is where a number is not finite, or is above the median of its last `window` accepted values by more than
+    `sigma` standard deviations, these estimated as 1.4826 times the median absolute deviation (Hampel 1974), which a
+    few outliers do not move. After `patience` such steps in a row, finite ones are accepted: what lasts is no spike.
+    A factor on the update that is not finite skips the step as well.
+
+    It is a pure function of the health so far, a step's metrics and that factor, and gives whether to skip, the health
+    after the step, and what is to be told: the `verdict` (FINE, SPIKE or NOT_FINITE) and the `row` of steps so far that
+    were not fine.
+    """
+    sigma, window, patience = settings['sigma'], settings['window'], settings['patience']
+    if not sigma:
+        return None
+
+    def judge(health: Mapping[str, jax.Array], metrics: Mapping[str, jax.Array], rate: Any) -> Any:
+        values = {'loss': metrics['loss'], 'gradient_norm': jnp.log(jnp.maximum(metrics['gradient_norm'], 1e-12))}
+        finite = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm']) & jnp.isfinite(rate)
+        spike = jnp.zeros((), bool)
+        for name, least in WATCHED.items():
+            median = jnp.median(health[name])
+            deviation = jnp.maximum(1.4826 * jnp.median(jnp.abs(health[name] - median)), least)
+            spike |= (health['accepted'] >= window) & (values[name] > median + sigma * deviation)
+        skip = ~finite | (spike & (health['row'] < patience))
+        place = health['accepted'] % window
+        now = {name: jnp.where(skip, health[name], health[name].at[place].set(values[name])) for name in WATCHED}
+        now['accepted'] = health['accepted'] + ~skip
+        now['row'] = jnp.where(finite & ~spike, 0, health['row'] + 1)
+        verdict = jnp.where(finite, jnp.where(skip, SPIKE, FINE), NOT_FINITE)
+        return skip, now, {'verdict': verdict, 'row': now['row']}
+
+    return judge
+
+
+class Watch:
+    """What the host makes of the metrics of steps: events, and the end where nothing else helps.
+
+    Args:
+        settings: of the guard; without one, what is not finite is noted here. After `patience` steps in a row that were
+            not fine, the policy 'skip' goes on (but not where they were not finite), 'stop' ends the run, 'rewind' goes
+            `back` steps and leaves those batches out.
+        tell: is told the step, kind and detail of each event.
+    """
+
+    def __init__(self, settings: Settings, tell: Callable[[int, str, str], None]):
+        self._settings, self._tell = settings, tell
+        self._raised: set[str] = set()
+        self._bad: list[int] = []  # steps in a row that were not fine
+
+    def __call__(self, step: int, verdict: int, row: int, metrics: Mapping[str, float], asked: bool) -> None:
+        """Looks at a step's metrics; `asked` says that it was skipped on purpose.
+
+        Raises:
+            Rewind: the policy is to go back.
+            InputError: the policy is to stop, or nothing finite comes any more.
+        """
+        limits = dict(self._settings['alarms'])
+        above = {name: alarms(metrics, {name: limit}) for name, limit in limits.items()}
+        for name, lines in above.items():
+            if lines and name not in self._raised:
+                self._tell(step, 'alarm', lines[0])
+        self._raised = {name for name, lines in above.items() if lines}
+        if asked:
+            self._tell(step, 'batch left out', 'as a spike had come of it before')
+            return
+        guarded = bool(self._settings['sigma'])
+        if not guarded and not all(math.isfinite(metrics[name]) for name in WATCHED):
+            verdict, row = NOT_FINITE, len(self._bad) + 1
+        self._bad = [*self._bad, step] if row else []
+        if verdict:
+            said = ', '.join(f'{name.replace("_", " ")} {metrics[name]:.4g}' for name in WATCHED)
+            done = 'the update was skipped' if guarded else 'the update was made, as there is no guard'
+            self._tell(step, 'spike' if verdict == SPIKE else 'not finite', f'{said}: {done}')
+        if row == self._settings['patience']:
+            self._lasting(step, verdict, metrics)
+
+    def _lasting(self, step: int, verdict: int, metrics: Mapping[str, float]) -> None:
+        policy, bad = self._settings['policy'], tuple(self._bad)
+        if policy == 'rewind':
+            raise Rewind(bad[0] - 1 - self._settings['back'], f'spikes in a row up to step {step}', bad)
+        if policy == 'stop' or verdict == NOT_FINITE:
+            said = f'the last with loss {metrics["loss"]:.4g} and gradient norm {metrics["gradient_norm"]:.4g}'
+            raise InputError(f'{len(bad)} steps in a row up to step {step} were not fine, {said}')
+        self._tell(step, 'spikes last', f'{len(bad)} in a row: from here they are taken for what is usual')
