@@ -110,23 +110,6 @@ def _code(config: ConfigDict) -> None:
     )
 
 
-def _stories(config: ConfigDict) -> None:
-    """Stories of two operations, each line judged: does it help to be told which line was wrong?"""
-    story: dict[str, Any] = {'name': 'wordgraph', 'operations': 2, 'max_value': 10}
-    _graded(
-        config,
-        {**story, 'operations': 1},
-        story,
-        taste=0.3,
-        vocabulary=512,
-        length=128,
-        answer=48,
-        start={'steps': 300, 'batch_size': 24, 'optimizer': {'learning_rate': 0.01}},
-        rl={'steps': 80, 'prompts': 16, 'batch_size': 128, 'optimizer': {**ADAM, 'learning_rate': 0.0004}},
-        arms={'process': {'algorithm': 'process', 'process_coefficient': 1.0}},
-    )
-
-
 def _nim(config: ConfigDict) -> None:
     """Self-play from a beginner who knows the rules: rating against its own frozen past, on held-out starts."""
     nim: dict[str, Any] = {'name': 'nim', 'heaps': 3, 'most': 7}
@@ -197,4 +180,4 @@ def _proposals(config: ConfigDict) -> None:
         add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=150, **rl)
 
 
-VARIANTS = {'sudoku': _sudoku, 'code': _code, 'stories': _stories, 'nim': _nim, 'proposals': _proposals}
+VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'proposals': _proposals}
