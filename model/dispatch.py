@@ -203,7 +203,7 @@ def _backward(exchange: Exchange, saved: tuple[Any, ...], gradient: jax.Array) -
     with trips(exchange.rounds):
         d_x, d_weights, d_wide, d_narrow = lax.fori_loop(0, rounds, one, tuple(zeros))
     d_weights = d_weights.reshape(weights.shape).astype(weights.dtype)
-    # What lies below waits for the scattering: left to itself the compiler puts it off to the end, while whole gradients
+    # What lies below waits for the scattering: left to itself the compiler puts it off to the end, and whole gradients
     # of the multi-token module's experts stay through the backward pass of all layers.
     d_x, *d_experts = lax.optimization_barrier((d_x.astype(x.dtype), *exchange.scattered(d_wide, d_narrow)))
     return d_x, no_gradient(ids), d_weights, *d_experts

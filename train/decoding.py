@@ -178,6 +178,9 @@ def decode(
         live = jnp.where(done, 0, 1)[:, None]
         position = (pool['prompts'] + counts)[:, None]
         out = model.apply(variables, token[:, None], position, live, temperature, pool['cache'], valid)
+        # The same place, but known only when all layers have read the cache: with nothing to wait for XLA:CPU would
+        # copy the whole cache for every token, to be free to write before.
+        slot = width + jnp.minimum(place, place + jnp.isnan(out.logits[0, 0, 0]))
         counts = jnp.where(was_done, counts, counts + 1)
         after = {
             **pool,
@@ -185,7 +188,7 @@ def decode(
             'counts': counts,
             'done': done | (counts >= longest),
             'logits': out.logits[:, 0],
-            'cache': latent_cache.written(pool['cache'], out.entries, width + place),
+            'cache': latent_cache.written(pool['cache'], out.entries, slot),
             'tokens': noted('tokens', token),
             'logprobs': noted('logprobs', logprob),
         }

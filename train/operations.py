@@ -22,7 +22,7 @@ from train.decoding import admit, decode, empty_pool
 SHAPES = ((16, 128), (16, 512), (64, 128), (64, 512))  # experts, and rows of each on average
 BATCH = 16  # rows that decode together
 CACHED = (64, 256, 1024, 2048)  # tokens before them
-STEPS = 8  # tokens they decode
+STEPS = 32  # tokens they decode
 
 
 def seconds(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
