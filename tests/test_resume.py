@@ -28,6 +28,7 @@ def start(root: Path, environment: dict[str, str], workdir: Path, stage: str) ->
         *(f'--config.stages.{name}.steps={STEPS}' for name in STAGES),
         *(f'--config.stages.{name}.save_every=7' for name in STAGES),
         '--config.stages.grpo.reward=random',  # a model that knows nothing would earn nothing, and learn nothing
+        '--config.stages.grpo.records=all',
     ]
     with (workdir.parent / f'{workdir.name}.log').open('ab') as log:
         return subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log)
@@ -84,6 +85,8 @@ def test_a_killed_stage_ends_as_if_it_had_not_been(
     assert [line['step'] for line in lines] == list(range(1, STEPS + 1))
     before = [json.loads(line) for line in (uninterrupted / stage / 'metrics.jsonl').read_text().splitlines()]
     assert [line['loss'] for line in lines] == [line['loss'] for line in before]
+    for kept in (uninterrupted / stage).glob('answers.jsonl'):
+        assert (workdir / stage / kept.name).read_bytes() == kept.read_bytes()
 
 
 def as_lists(tree: object) -> object:

@@ -103,7 +103,7 @@ def check_edges(config: Config, name: str) -> None:
     """
     stage, stages = config['stages'][name], config['stages']
     for needed in records_needed(stage, config['sources']):
-        if get_kind(stages[needed]['kind']).make is None:
+        if get_kind(stages[needed]['kind']).make is None and not stages[needed].get('records'):
             raise InputError(f'stages.{name} needs the records of {needed!r}: expected a stage that makes some')
     for address in edges(stage):
         needed, step = split_address(address)

@@ -27,7 +27,8 @@ Sample = Callable[[list[list[int]], jax.Array], list[list[Completion]]]
 
 @dataclasses.dataclass
 class Episode:
-    """What came of one problem in one sample: see `train.algorithms.Trajectory`; `text` is what the model said last."""
+    """What came of one problem in one sample: see `train.algorithms.Trajectory`; `text` is what the model said last,
+    `messages` the whole exchange as a chat."""
 
     prompt: list[int]
     tokens: list[int]
@@ -38,6 +39,7 @@ class Episode:
     verdict: Verdict
     turns: int
     expert_ids: np.ndarray | None
+    messages: list[dict[str, Any]]
 
     @property
     def said(self) -> list[int]:
@@ -148,6 +150,7 @@ class Exchange:
             verdict,
             self.turns,
             self.last.expert_ids,
+            self._messages,
         )
 
 

@@ -76,9 +76,8 @@ class Log:
             self._board = None
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Moves metric lines of steps after `step`, which will be taken again, to `metrics.replayed.jsonl`."""
-    path = folder / 'metrics.jsonl'
+def set_aside(path: Path, step: int) -> None:
+    """Moves lines of steps after `step`, which will be taken again, to NAME.replayed.jsonl beside NAME.jsonl."""
     if not path.exists():
         return
     kept: list[str] = []
@@ -89,8 +88,8 @@ def set_aside(folder: Path, step: int) -> None:
         except ValueError:  # cut off by a kill
             moved.append(line.rstrip('\n') + '\n')
     if moved:
-        with (folder / 'metrics.replayed.jsonl').open('a') as replayed:
+        with path.with_suffix('.replayed.jsonl').open('a') as replayed:
             replayed.writelines(moved)
-        temporary = folder / 'metrics.jsonl.tmp'
+        temporary = path.with_suffix('.jsonl.tmp')
         temporary.write_text(''.join(kept))
         temporary.replace(path)

@@ -206,7 +206,7 @@ def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) ->
         spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
         plan.stream.restore(restored.stream)
     if is_primary():
-        set_aside(plan.folder, step)
+        set_aside(plan.folder / 'metrics.jsonl', step)
     if plan.guard['sigma']:
         whole = jax.sharding.NamedSharding(plan.layout.mesh, jax.sharding.PartitionSpec())
         state['health'] = jax.device_put(restored_health(plan.guard, health), whole)

@@ -127,7 +127,7 @@ def write_records(maker: Maker, folder: Path, name: str) -> dict[str, Any]:
                 records, tally = maker(number)
                 kept = []
                 for record in records:
-                    if (key := _digest(record)) not in seen:
+                    if (key := digest(record)) not in seen:
                         seen.add(key)
                         kept.append(record)
                 write_json(path.with_suffix('.json'), {'duplicates': len(records) - len(kept), 'tally': tally})
@@ -135,7 +135,7 @@ def write_records(maker: Maker, folder: Path, name: str) -> dict[str, Any]:
                 temporary.write_text(''.join(json.dumps(record) + '\n' for record in kept))
                 temporary.replace(path)
             said = read_json(path.with_suffix('.json'))
-            seen.update(_digest(json.loads(line)) for line in path.read_text().splitlines())
+            seen.update(digest(json.loads(line)) for line in path.read_text().splitlines())
             duplicates += said['duplicates']
             answers, cast, cost = said['tally']
             votes = [Ballot(g, Vote(*verdict), {j: Vote(*v) for j, v in given.items()}) for g, verdict, given in cast]
@@ -161,6 +161,7 @@ def _total(costs: Sequence[Cost], ending: str) -> int:
     return sum(n for cost in costs for spent in cost.values() for name, n in spent.items() if name.endswith(ending))
 
 
-def _digest(record: Record) -> bytes:
+def digest(record: Record) -> bytes:
+    """Of a record, wherever it came from."""
     content = {name: x for name, x in record.items() if name != 'provenance'}
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).digest()

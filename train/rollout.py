@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from data.tasks import DRAWS, Prompt, Task, different
 from data.tokenizer import Tokenizer
 from model.transformer import Model
 from train.algorithms import ALGORITHMS, Groups, Trajectory, adapted, overlong_penalty, returns
+from train.answers import Answers
 from train.curriculum import Levels
 from train.episodes import Episode, Sample, chat_prompt, play
 from train.rewards import REWARDS, Answer, step_rewards
@@ -71,6 +73,7 @@ class RolloutStream:
         others: Mapping[str, Other] | None = None,
         stamps: Sequence[str] = (),
         strict: Sequence[Task] = (),
+        folder: Path | None = None,
     ):
         """
         Args:
@@ -80,9 +83,11 @@ class RolloutStream:
             others: reference, reward model and teachers, by role ('reference', 'reward', 'teacher...').
             stamps: names of STAMPS that batches hold.
             strict: for each level a stricter task, whose verifier is asked as well, for the gap to the reward.
+            folder: of the stage, where `records` of its answers go.
 
         Raises:
-            InputError: an unknown reward, algorithm or weighting; fewer rows than trajectories of a batch.
+            InputError: an unknown reward, algorithm, weighting or kind of records; fewer rows than trajectories in a
+                batch.
         """
         c = config
         for field, known in (('reward', REWARDS), ('algorithm', ALGORITHMS), ('weighting', WEIGHTS)):
@@ -95,6 +100,8 @@ class RolloutStream:
                 f'{c["minibatches"]} minibatches, so that answers of any length fit'
             )
         self._model, self._tokenizer, self._config, self._seed = model, tokenizer, config, seed
+        self._folder, self._answers = folder, Answers(folder, c['records'])
+        self._given: list[dict[str, Any]] = []  # answers of this rollout that are kept
         self._others, self._stamps = dict(others or {}), tuple(stamps)
         self._strict: Sequence[Task | None] = strict or [None] * len(tasks)
         self._levels = Levels(tasks, seed, c['curriculum'])
@@ -122,6 +129,8 @@ class RolloutStream:
         said: dict[str, Any] = {}
         if step % self._updates == 0:
             groups, said = self._rollout(variables)
+            self._answers.add(step, self._given)
+            self._given = []
             self._waiting = self._minibatches(groups, step // self._updates)
         batch = self._pack(self._waiting.pop(0))
         waiting = [[_plain(t) for t in minibatch] for minibatch in self._waiting]
@@ -135,7 +144,8 @@ class RolloutStream:
         self._waiting = [[_trajectory(fields) for fields in minibatch] for minibatch in state['waiting']]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Makes records of the answers that were kept."""
+        self._answers.finish()
 
     def _rollout(self, variables: Any) -> tuple[list[list[Trajectory]], dict[str, Any]]:
         """Groups of answers with their advantages, and what is to be known of them.
@@ -243,6 +253,7 @@ class RolloutStream:
             rewards = [REWARDS[self._config['reward']](answer) for answer in answers]
             self._levels.record(p.level, rewards)
             everything += answers
+            self._keep(p, group)
             earned += rewards
             groups.append([self._rewarded(e, p.number, s, rewards[s]) for s, e in enumerate(group)])
         score = float(groups[0][0].rewards.sum())
@@ -252,6 +263,14 @@ class RolloutStream:
         metrics = signs(everything, earned, [e.said for e in flat], strict)
         read = sum(len(group[0].prompt) for group in episodes) + sum(len(e.tokens) for e in flat)
         return Drawn(groups, flat, example, metrics, read)
+
+    def _keep(self, p: Problem, group: Sequence[Episode]) -> None:
+        """Notes the answers to a problem that become records."""
+        for sample, e in enumerate(group):
+            score = e.verdict.score if e.stopped else 0.0
+            if self._answers.wants(score):
+                origin = {'task': p.task.name, 'key': p.prompt.key, 'problem': p.number, 'sample': sample}
+                self._given.append({'messages': e.messages, 'score': score, 'provenance': origin})
 
     def _rewarded(self, e: Episode, group: int, sample: int, reward: float) -> Trajectory:
         """An answer with its rewards: what it earned on its last token, and before that the scores of its steps."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,8 +34,8 @@ class SelfPlayStream(RolloutStream):
     from there, bit for bit. Retention has to leave it there, one state more for a broken last one: pool < keep.
     """
 
-    def __init__(self, *given: Any, folder: Path | None = None):
-        """Arguments as of `RolloutStream`, and the stage's folder.
+    def __init__(self, *given: Any):
+        """Arguments as of `RolloutStream`.
 
         Raises:
             InputError: a task that is no game; a pool that retention does not keep; opponents that are nowhere; and as
@@ -56,7 +55,6 @@ class SelfPlayStream(RolloutStream):
             raise InputError(
                 f'opponent_share is {c["opponent_share"]}: expected 0, as pool is 0 and models.{OPPONENT} is empty'
             )
-        self._folder = folder
         self._pool: dict[int, Variables | None] = {}  # by step; None: still on disk
 
     @staticmethod

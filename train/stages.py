@@ -170,6 +170,7 @@ def _reinforcement(
         'minibatches': 1,  # updates in one pass over a rollout
         'refills': 0,
         'overlong_buffer': 0,
+        'records': '',  # of its answers, for other stages to draw on: 'right', those that the verifier takes, or 'all'
         'replay_experts': False,  # the experts that the sampler chose are used in the update (Zheng et al. 2025)
         'discount': 1.0,
         'gae_lambda': 1.0,

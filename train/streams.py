@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -128,13 +127,12 @@ def rollouts(context: Context, stream: Callable[..., Stream] = RolloutStream) ->
     tasks = [get_task(name, split='train', **{**options, **as_dict(level)}) for level in levels]
     harder = as_dict(c['strict'])
     strict = [get_task(name, split='train', **{**options, **as_dict(x), **harder}) for x in levels] if harder else []
-    return stream(
-        context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c), strict
-    )
+    given = (context.model, context.tokenizer, tasks, c, context.stream_seed, context.models, rollout_stamps(c), strict)
+    return stream(*given, context.folder)
 
 
 def games(context: Context) -> Stream:
-    return rollouts(context, functools.partial(SelfPlayStream, folder=context.folder))
+    return rollouts(context, SelfPlayStream)
 
 
 def proposals(context: Context) -> Stream:
