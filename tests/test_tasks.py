@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -30,6 +31,10 @@ OPTIONS = [
     ('sudoku', {'size': 9, 'blanks': 20}),
     ('needle', {}),
     ('needle', {'pairs': 6, 'questions': 3}),
+    ('variables', {}),
+    ('variables', {'chains': (1, 12), 'hops': (0, 5)}),
+    ('common_words', {}),
+    ('common_words', {'others': 40, 'common': 1, 'often': 3, 'rarely': 1}),
     ('code', {}),
     ('code', {'level': (3, 4), 'examples': 3}),
     ('calculator', {}),
@@ -120,7 +125,8 @@ def test_prompts_are_the_same_in_every_process():
     code = (
         'import hashlib, sys\nfrom data.tasks import get_task\n'
         "text = ''.join(repr(get_task(n, s).prompt(i))"
-        " for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle', 'code', 'proof', 'calculator', 'sudoku_moves')"
+        " for n in ('arithmetic', 'wordgraph', 'sudoku', 'needle', 'variables', 'common_words', 'code', 'proof',"
+        " 'calculator', 'sudoku_moves')"
         " for s in ('train', 'heldout') for i in (0, 7, 10**15))\n"
         'print(hashlib.sha256(text.encode()).hexdigest())'
     )
@@ -157,6 +163,8 @@ def test_unknown_names_and_bad_options_say_what_was_expected():
         ('questions must be', 'needle', {'questions': 9}),
         ('steps must be', 'proof', {'steps': (0, 3)}),
         ('distractors must be', 'proof', {'distractors': 7}),
+        ('need 520 names', 'variables', {'chains': 40, 'hops': 12}),
+        ('expected less than often', 'common_words', {'rarely': 6}),
         ('pairs must be', 'needle', {'pairs': (8, 1000)}),
         ('level must be', 'code', {'level': 7}),
         ('examples must be', 'code', {'examples': 0}),
@@ -559,6 +567,30 @@ def test_needle_is_in_the_haystack_once(index, pairs, data):
     asked = re.split(', | and ', re.fullmatch('Which words? follows? (.*)[?]', question)[1])
     assert len(asked) == questions
     assert prompt.reference.split('\n') == [f'- {first} {partners[first]}' for first in asked]
+
+
+@given(INDEX, st.integers(1, 9), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_variables_are_those_that_running_the_lines_gives(index, chains, hops):
+    prompt = get_task('variables', chains=(1, chains), hops=(0, hops)).prompt(index)
+    *given_lines, question = prompt.text.split('\n')
+    held: dict[str, str] = {}
+    for line in given_lines:
+        name, value = line.split(' = ')
+        held[name] = held.get(value, value)
+    asked = question.removeprefix('Which names stand for ').removesuffix('?')
+    wanted = [f'- {name}' for name, value in held.items() if value == asked]
+    assert sorted(prompt.reference.split('\n')) == sorted(wanted)
+
+
+@given(INDEX, st.integers(1, 5), st.integers(2, 9), st.data())
+@settings(max_examples=50, deadline=None)
+def test_common_words_are_the_most_common(index, common, often, data):
+    rarely = data.draw(st.integers(1, often - 1))
+    prompt = get_task('common_words', common=common, often=often, rarely=rarely).prompt(index)
+    counts = Counter(prompt.text.split('\n')[0].split())
+    assert {f'- {word}' for word, _ in counts.most_common(common)} == set(prompt.reference.split('\n'))
+    assert set(counts.values()) == {often, rarely}
 
 
 def test_needle_scores_the_share_and_guesses_never_pay():

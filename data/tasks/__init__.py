@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import pkgutil
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -262,6 +262,23 @@ def lines(text: str, limit: int) -> list[Line]:
         found.append(Line(line, start, start + len(line)))
         start += len(line) + 1
     return found
+
+
+def share_of_lines(completion: str, wanted: Mapping[str, str]) -> Verdict:
+    """Judges an answer that lists things in any order: the score is the share of the lines `wanted` that are there.
+
+    More lines than that score nothing, so that guessing twice never pays. Parts are named as `wanted` names its lines.
+    """
+    found = lines(completion, len(wanted))
+    if len(found) > len(wanted):
+        return Verdict(0.0, reason=f'more than {len(wanted)} lines')
+    missing = dict(wanted)
+    parts = []
+    for line in found:
+        name = missing.pop(line.text, None)
+        parts.append(Part(name or 'wrong', float(name is not None), line.start, line.end))
+    reason = f'{len(missing)} of {len(wanted)} not found' if missing else ''
+    return Verdict((len(wanted) - len(missing)) / len(wanted), tuple(parts), reason)
 
 
 _REGISTRY: dict[str, type] = {}

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from data.tasks import Part, ProceduralTask, Prompt, Verdict, lines, register
+from data.tasks import ProceduralTask, Prompt, Verdict, register, share_of_lines
 from data.words import WORDS
 
 
@@ -45,13 +45,4 @@ class Needle(ProceduralTask):
 
     def verify(self, prompt: Prompt, completion: str) -> Verdict:
         partners = prompt.info['partners']
-        found = lines(completion, len(partners))
-        if len(found) > len(partners):
-            return Verdict(0.0, reason=f'more than {len(partners)} lines')
-        open_lines = {f'- {first} {second}': first for first, second in partners.items()}
-        parts = []
-        for line in found:
-            first = open_lines.pop(line.text, None)
-            parts.append(Part(first or 'wrong', float(first is not None), line.start, line.end))
-        score = (len(partners) - len(open_lines)) / len(partners)
-        return Verdict(score, tuple(parts), '' if not open_lines else f'{len(open_lines)} of {len(partners)} not found')
+        return share_of_lines(completion, {f'- {first} {second}': first for first, second in partners.items()})
