@@ -25,7 +25,8 @@ TEXT_SUFFIXES = ('.txt', '.md', '.rst', '.py', '.html', '.tex', '.txt.gz')
 
 _CONTENT_FIELDS = ('text', 'messages', 'tokens', 'prompt', 'completion')
 _ROW_GROUPS_KEPT = 8
-JUDGED = frozenset(('chosen', 'label', 'steps'))  # records of `data.preferences` have one of these
+# Records of `data.preferences` have one of these, or those of questions with answers to choose from.
+JUDGED = frozenset(('chosen', 'label', 'steps', 'choices', 'good'))
 
 
 def check_record(value: Any, field: str, where: str) -> Record:
@@ -55,7 +56,7 @@ def check_fields(names: Collection[str], field: str, where: str) -> None:
         raise InputError(f'{where}: no field {field!r}; it has {", ".join(sorted(names)) or "none"}')
     if not (field or ({'text', 'messages', 'tokens'} | JUDGED) & names or {'prompt', 'completion'} <= names):
         raise InputError(
-            f'{where}: expected text, messages, tokens, prompt and completion, or chosen and rejected; it has '
+            f'{where}: expected text, messages, tokens, prompt and completion, chosen and rejected, or choices; it has '
             f'{", ".join(sorted(names)) or "none"} (option field names the text)'
         )
 

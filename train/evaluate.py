@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import lzma
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,24 +21,20 @@ from data.constitution import contrast, is_refusal, read_contrast
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Segment
-from data.preferences import pair_segments
-from data.sources import Source, open_source
+from data.sources import open_source
 from data.tasks import Game, Task, different, get_task, task_names
 from data.tokenizer import Tokenizer
-from model.sharding import batch_ways
 from model.transformer import Model, Variables
 from train.checkpoint import load, split_address
 from train.command import command
 from train.elo import opponents, standing, tournament
 from train.episodes import Sample, chat_prompt, in_threads, play
-from train.host import fetch, prepare
-from train.sampler import Completion, prompt_width, row_keys, sample_tokens
-from train.scoring import Scorer
+from train.host import prepare
+from train.likelihood import bits_per_byte, choices, pairs_in_order, said_of, share, spread, sums
+from train.sampler import Completion, row_keys, sample_tokens
 from train.statistics import interval, pass_at_k
 
 Result = dict[str, Any]
-
-ROWS_OF_PAIRS = 8  # answers of pairs that a device reads at a time
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Share of problems of a task's held-out split answered rightly; all are different, as one that is asked twice would
@@ -55,6 +49,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     # Bits per byte of whole documents, every token predicted from at least length / 2 tokens where there are as many.
     'text': {'source': {}, 'length': 256, 'documents': 0},
+    # Share of questions whose right answer is the likeliest of those given (0 items: all of the source's); records are
+    # multiple choice, cloze or minimal pairs (see `train.likelihood.as_choice`).
+    'choice': {'source': {}, 'items': 0},
     # Share of pairs whose better answer a model puts first: by its value head, or else by log-probability a token.
     'pairs': {'source': {}, 'items': 256},
     # Strength in a game, from held-out starts, beside opponents: stages of the run (NAME or NAME@STEP) or paths; with
@@ -96,10 +93,11 @@ def evaluate(
     spec = checked(evaluation)
     run: dict[str, Callable[..., Result]] = {
         'task': _evaluate_task,
-        'text': _evaluate_text,
+        'text': bits_per_byte,
+        'choice': choices,
         'stopped': _evaluate_stopped,
         'contrast': _evaluate_contrast,
-        'pairs': _evaluate_pairs,
+        'pairs': pairs_in_order,
         'elo': functools.partial(_evaluate_elo, workdir or Path()),
         'kl': functools.partial(_evaluate_kl, workdir or Path()),
     }
@@ -143,26 +141,6 @@ def _task(spec: dict[str, Any]) -> Task:
     return get_task(options.pop('name', ''), **options)
 
 
-def _spread(source: Source, count: int) -> list[Any]:
-    """So many records, or all, from everywhere in a source: it may be sorted."""
-    return [source[i] for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int)]
-
-
-def _share(metric: str, values: np.ndarray, details: dict[str, Any]) -> Result:
-    """The result of an evaluation that is a mean over items in [0, 1]."""
-    low, high = interval(values)
-    return {
-        'metric': metric,
-        'value': float(values.mean()),
-        'low': low,
-        'high': high,
-        'items': len(values),
-        'unit': 'share',
-        'direction': 'higher',
-        'details': details,
-    }
-
-
 def _sampler(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any]) -> Sample:
     """Answers of a model, as an evaluation wants them."""
 
@@ -201,60 +179,11 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
     details['answer_tokens'] = float(np.mean([len(answer.logprobs) for group in answers for answer in group]))
     details['scores'] = [round(float(x), 4) for x in mean]
     return {
-        **_share(f'accuracy ({_sampling(spec)})', mean, details),
+        **share(f'accuracy ({_sampling(spec)})', mean, details),
         'samples': [
             {'prompt': prompt.text, 'completion': answers[i][0].text, 'score': float(scores[i, 0])}
             for i, prompt in enumerate(prompts[:3])
         ],
-    }
-
-
-def _evaluate_text(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int) -> Result:
-    source = open_source(spec['source'])
-    length, stride = spec['length'], spec['length'] // 2
-    count = min(spec['documents'] or len(source), len(source))
-    windows, owners, scored, texts = [], [], [], []
-    sizes = np.zeros(count)
-    for i in range(count):
-        text = source[i]['text']
-        texts.append(text.encode())
-        sizes[i] = len(texts[-1])
-        ids = [tokenizer.begin_id, *tokenizer.encode(text), tokenizer.end_id]
-        # Windows overlap by half; a window scores what the one before it did not.
-        for start in range(0, max(1, len(ids) - stride), stride):
-            window = ids[start : start + length]
-            windows.append(window + [tokenizer.pad_id] * (length - len(window)))
-            owners.append(i)
-            scored.append((0 if start == 0 else stride, len(window)))
-
-    @jax.jit
-    def logprobs(variables: Variables, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        return model.apply(variables, tokens, segments=segments).logprob
-
-    nats = np.zeros(count)
-    rows = -(-max(1, 4096 // length) // batch_ways()) * batch_ways()
-    for begin in range(0, len(windows), rows):
-        chosen = windows[begin : begin + rows]
-        tokens = np.full((rows, length), tokenizer.pad_id, np.int32)
-        tokens[: len(chosen)] = chosen
-        ends = np.array([end for _, end in scored[begin : begin + rows]] + [1] * (rows - len(chosen)))
-        segments = (np.arange(length)[None] < ends[:, None]).astype(np.int32)
-        values = np.asarray(fetch(logprobs(variables, tokens, segments)), np.float64)
-        for row in range(len(chosen)):
-            first, end = scored[begin + row]
-            nats[owners[begin + row]] -= values[row, first:end].sum()
-    bits = nats / math.log(2) / sizes
-    low, high = interval(bits, sizes)
-    xz = 8 * len(lzma.compress(b''.join(texts), preset=9)) / sizes.sum()
-    return {
-        'metric': f'bits per byte (xz -9 on the same files together: {xz:.3f})',
-        'value': float(nats.sum() / math.log(2) / sizes.sum()),
-        'low': low,
-        'high': high,
-        'items': count,
-        'unit': 'bits/byte',
-        'direction': 'lower',
-        'details': {'bytes': int(sizes.sum()), 'context': length, 'xz_bits_per_byte': float(xz)},
     }
 
 
@@ -283,14 +212,14 @@ def _evaluate_contrast(
             rates.append(f'{name.replace("_", " ")} {rate["value"]:.1%} [{low:.1f}, {high:.1f}]')
     metric, details = f'safe answered, unsafe refused ({", ".join(rates)})', {**said, 'scores': right.tolist()}
     samples = [{'prompt': row['prompt'], 'completion': x} for row, x in zip(rows[:3], answers, strict=False)]
-    return {**_share(metric, right, details), 'samples': samples}
+    return {**share(metric, right, details), 'samples': samples}
 
 
 def _evaluate_stopped(
     model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
 ) -> Result:
     source = open_source(spec['source'])
-    items = _spread(source, spec['items'])
+    items = spread(source, spec['items'])
     answers = _asked(model, variables, tokenizer, [item['messages'][:1] for item in items], spec, seed)
     controls = {
         tokenizer.control(name) for name in ('<|begin|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>')
@@ -298,36 +227,12 @@ def _evaluate_stopped(
     good = np.array([float(a.stopped and len(a.tokens) > 1 and not controls & set(a.tokens)) for a in answers])
     details = {'temperature': spec['temperature'], 'max_tokens': spec['max_tokens']}
     return {
-        **_share('answers in the chat format, ended by the stop token', good, details),
+        **share('answers in the chat format, ended by the stop token', good, details),
         'samples': [
             {'prompt': item['messages'][0]['content'], 'completion': answer.text}
             for item, answer in zip(items[:3], answers, strict=False)
         ],
     }
-
-
-def _evaluate_pairs(
-    model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict[str, Any], seed: int
-) -> Result:
-    source = open_source(spec['source'])
-    records = _spread(source, spec['items'])
-    segments = [segment for record in records for segment in pair_segments(record, tokenizer)]
-    rows = ROWS_OF_PAIRS * batch_ways()
-    shape = {
-        'batch_size': rows,
-        'microbatches': 1,
-        'sequence_length': prompt_width(max(len(s.tokens) for s in segments)),
-    }
-    name = 'value' if model.config.value_head else 'logprob'
-    said = [x[name] for x in Scorer(model, tokenizer.pad_id, shape)(variables, segments, (name,))]
-    if model.config.value_head:
-        scores = np.array([x[s.last] for s, x in zip(segments, said, strict=True)])
-    else:
-        scores = np.array(
-            [(x * s.loss_weight).sum() / s.loss_weight.sum() for s, x in zip(segments, said, strict=True)]
-        )
-    better = np.sign(scores[0::2] - scores[1::2]) / 2 + 0.5
-    return _share('pairs put in order', better, {'by': name, 'scores': better.tolist()})
 
 
 def _evaluate_elo(
@@ -363,18 +268,9 @@ def _evaluate_kl(
         for prompt, group in zip(prompts, answers, strict=True)
         for a in group
     ]
-    shape = {
-        'batch_size': ROWS_OF_PAIRS * batch_ways(),
-        'microbatches': 1,
-        'sequence_length': prompt_width(max(len(s.tokens) for s in segments)),
-        'temperature': spec['temperature'],
-    }
     said = [
-        np.array([(x['logprob'] * s.loss_weight).sum() for s, x in zip(segments, read, strict=True)])
-        for read in (
-            Scorer(m, tokenizer.pad_id, shape)(v, segments, ('logprob',))
-            for m, v in ((model, variables), (other.model, other.variables))
-        )
+        sums(segments, said_of(m, v, tokenizer, segments, temperature=spec['temperature']))
+        for m, v in ((model, variables), (other.model, other.variables))
     ]
     ratios = (said[0] - said[1]).reshape(len(prompts), -1).mean(1)
     low, high = interval(ratios)
