@@ -10,6 +10,7 @@ from typing import ParamSpec
 from data.errors import InputError
 
 P = ParamSpec('P')
+RESTART = 75  # EX_TEMPFAIL of sysexits.h: a run that is not done, and goes on when the same command is given again
 
 
 def command(name: str, interrupted: str = '') -> Callable[[Callable[P, int]], Callable[P, int]]:
