@@ -14,6 +14,9 @@ from train.stages import get_kind
 
 Config = Mapping[str, Any]
 
+# Fields that no result depends on.
+BESIDE = ('stage.evaluations', 'stage.save_every', 'stage.keep', 'stage.step_deadline')
+
 
 def parents(stage: Mapping[str, Any]) -> list[str]:
     """The addresses a stage's variables come from: one, several of a merge; none from scratch or where it has none."""
@@ -137,8 +140,8 @@ def steps_pinned(config: Config, name: str) -> list[int]:
 
 
 def differences(before: Any, now: Any, path: str) -> list[list[Any]]:
-    """Leaves that differ between two nested dictionaries, as [path, before, now]."""
+    """Leaves that differ between two nested dictionaries, as [path, before, now], but for those in BESIDE."""
     if isinstance(before, dict) and isinstance(now, dict):
         names: Sequence[str] = sorted(before.keys() | now.keys())
         return [d for name in names for d in differences(before.get(name), now.get(name), f'{path}.{name}')]
-    return [] if before == now else [[path, before, now]]
+    return [] if before == now or path in BESIDE else [[path, before, now]]

@@ -117,6 +117,8 @@ class Run:
             self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
             check_guard(stage['guard'])
+            if not stage['step_deadline'] >= 0:
+                raise InputError(f'step_deadline is {stage["step_deadline"]}: expected seconds, or 0 for none')
             before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model
             if (before.paths, before.adapter) != (model.paths, model.adapter):
                 raise InputError(
@@ -223,7 +225,6 @@ class Run:
         kept['stage'] = {**json.loads(json.dumps(stage_defaults(now['stage']['kind']))), **kept['stage']}
         for field in ('model', 'stage', 'seed', 'tokenizer'):
             different = differences(kept.get(field), now[field], field)
-            different = [d for d in different if d[0] not in ('stage.evaluations', 'stage.save_every', 'stage.keep')]
             if different:
                 path, old, new = different[0]
                 raise InputError(
@@ -333,6 +334,7 @@ class Run:
             keep=stage['keep'],
             pinned=steps_pinned(self.config, name),
             guard=stage['guard'],
+            step_deadline=stage['step_deadline'],
             layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),
@@ -402,12 +404,8 @@ class Run:
         if is_folder(parent) or not get_kind(self.stages[parent]['kind']).trains:
             return differences(self.model_config(parent).to_dict(), now['model'], 'model')
         before = self.record(parent)
-        return [
-            d
-            for field in ('model', 'stage')
-            for d in differences(before[field], now[field], field)
-            if d[0] not in ('stage.parent', 'stage.evaluations', 'stage.save_every', 'stage.keep')
-        ]
+        found = [d for field in ('model', 'stage') for d in differences(before[field], now[field], field)]
+        return [d for d in found if d[0] != 'stage.parent']
 
     def _evaluate(self, name: str, model: Model, variables: Variables) -> dict[str, Any]:
         """The stage's evaluations; each is kept as soon as it is there, so that a kill costs one at most."""

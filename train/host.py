@@ -16,6 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from data.errors import InputError
+from train.peers import end_restartably
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -64,6 +65,7 @@ def join(coordinator_address: str, num_processes: int, process_id: int) -> None:
             heartbeat_timeout_seconds=60,
             shutdown_timeout_seconds=60,
         )
+        end_restartably()
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().split('\n')[0]
         raise InputError(

@@ -23,6 +23,7 @@ from train.health import Rewind, Watch, guard, restored_health, saved_health
 from train.host import cpu_seconds, is_primary
 from train.log import Log, set_aside
 from train.objectives import Objective
+from train.peers import deadline, lost
 from train.preemption import Preempted, notice
 from train.step import Layout, State, make_step
 
@@ -41,6 +42,7 @@ class Plan:
         learning_rate: of the step; a factor on the optimizer's updates.
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
         guard: against spikes (see `train.health`).
+        step_deadline: seconds that no step but the first takes (see `train.peers`).
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -59,6 +61,7 @@ class Plan:
     keep: int
     pinned: Sequence[int]
     guard: Mapping[str, Any]
+    step_deadline: float
     layout: Layout
     tokens: int
     flops: float
@@ -125,6 +128,9 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
         stack.enter_context(jax.set_mesh(plan.layout.mesh))
         log = stack.enter_context(Log(plan.folder, plan.name, plan.steps, first)) if is_primary() else None
         leave = stack.enter_context(notice())
+        step = first
+        stack.enter_context(lost(lambda: step + 1, tell))
+        began = stack.enter_context(deadline(plan.step_deadline, tell))
         reported = time.perf_counter()
 
         def report(step: int, device: dict[str, jax.Array], stream_state: dict[str, Any], length: int) -> None:
@@ -158,6 +164,8 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
         pending: tuple[Any, ...] | None = None
         for step in range(first, plan.steps):
             started = time.perf_counter()
+            if step > first:
+                began(step + 1)
             variables = {'params': state['params'], 'balance': state['balance']}
             if stream_works:  # it needs them at once, and the rest of the last step is not its time
                 jax.block_until_ready(variables)

@@ -70,6 +70,8 @@ COMMON: dict[str, Any] = {
     'microbatches': 1,  # a step's rows are taken in this many parts, gradients accumulated
     'save_every': 100,
     'keep': 2,
+    # Seconds after which a step, with its save, is taken to hang: the process ends with status 75. 0: never.
+    'step_deadline': 0.0,
     'keep_optimizer': False,  # take over the parent's optimizer state
     'evaluations': (),
     'optimizer': {
