@@ -36,6 +36,7 @@ from train.edges import (
     steps_pinned,
 )
 from train.evaluate import checked, evaluate
+from train.goodput import Clock
 from train.health import check_guard
 from train.host import is_primary, say, wait_for_all
 from train.lock import locked
@@ -63,7 +64,7 @@ class Run:
 
     def __init__(self, config: dict[str, Any], workdir: Path, command: str = ''):
         self.config, self.workdir, self.command = config, workdir, command
-        self.stages = config['stages']
+        self.stages, self.clock = config['stages'], Clock()
         self.order = order(config)
         try:
             self.mesh = make_mesh(config['mesh'])
@@ -84,7 +85,7 @@ class Run:
 
     def __call__(self, last: str = '') -> None:
         """Runs every stage that is not finished, or those that stage `last` needs and itself."""
-        with locked(self.workdir):
+        with locked(self.workdir), self.clock.kept(self.workdir, is_primary()):
             names = needed_for(self.config, last) if last else self.order
             finished = {name: self._finished(name) for name in names}
             for name in names:
@@ -282,7 +283,7 @@ class Run:
         """Makes a stage's records (see `train.make`)."""
         make, model = get_kind(self.stages[name]['kind']).make, Model(self.model_config(name))
         assert make is not None
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self.clock.spend('records'):
             facts = write_records(make(self._context(name, model, self._others(name))), self.workdir / name, name)
         records, answers = (facts['report'][name] for name in ('records', 'answers'))
         say(f'{name}: {records} records of {answers} answers in {self.workdir / name / RECORDS}')
@@ -339,6 +340,7 @@ class Run:
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),
             metadata=self._metadata(name),
+            clock=self.clock,
         )
         return plan, state
 
@@ -412,7 +414,7 @@ class Run:
         folder = self.workdir / name
         path = folder / 'evaluations.json'
         results = read_json(path) if path.exists() else {}
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self.clock.spend('evaluation'):
             for evaluation in self.stages[name].get('evaluations', ()):
                 if evaluation in results:
                     continue

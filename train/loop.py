@@ -19,6 +19,7 @@ from data.stream import Stream
 from model.transformer import Model
 from train.checkpoint import Checkpoints, read_json, write_json
 from train.events import note
+from train.goodput import Clock
 from train.health import Rewind, Watch, guard, restored_health, saved_health
 from train.host import cpu_seconds, is_primary
 from train.log import Log, set_aside
@@ -46,6 +47,7 @@ class Plan:
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
+        clock: is told what time goes by for.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Plan:
     tokens: int
     flops: float
     metadata: dict[str, Any]
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
 
 @dataclasses.dataclass
@@ -113,8 +116,10 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     tell = functools.partial(note, plan.folder)
     checkpoints = Checkpoints(plan.folder / 'checkpoints', plan.keep, plan.save_every, plan.pinned, note=tell)
     spent = Spent(plan.tokens, plan.flops)
-    state = _resume(plan, checkpoints, state, spent)
+    with plan.clock.spend('restore'):
+        state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
+    plan.clock.resumed(plan.name, first)
     one_step = make_step(plan.model, plan.objective, plan.optimizer, plan.trainable, guard(plan.guard))
     step_function = jax.jit(one_step, donate_argnums=0)
     # All at once, as asking for one would wait for the devices.
@@ -128,6 +133,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
         stack.enter_context(jax.set_mesh(plan.layout.mesh))
         log = stack.enter_context(Log(plan.folder, plan.name, plan.steps, first)) if is_primary() else None
         leave = stack.enter_context(notice())
+        stack.enter_context(plan.clock.spend('compile'))
         step = first
         stack.enter_context(lost(lambda: step + 1, tell))
         began = stack.enter_context(deadline(plan.step_deadline, tell))
@@ -152,6 +158,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
                 **values,
                 # Since the last report: steps overlap, so that from its start to its end would be the time of two.
                 'tokens_per_second': tokens / max(ready - reported, 1e-9),
+                'goodput': plan.clock.goodput(),
             }
             reported = ready
             if log is not None:
@@ -170,7 +177,8 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
             if stream_works:  # it needs them at once, and the rest of the last step is not its time
                 jax.block_until_ready(variables)
             asked = time.perf_counter()
-            batch, stream_state = plan.stream.next(step, variables)
+            with plan.clock.spend('' if stream_works else 'data'):
+                batch, stream_state = plan.stream.next(step, variables)
             made = time.perf_counter()
             placed = plan.layout.place(batch, plan.stream.rows)
             while told := getattr(plan.stream, 'events', None):
@@ -184,6 +192,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
                 spent.warm, cpu_before = time.perf_counter(), cpu_seconds()
                 spent.first_seconds = spent.warm - started
                 spent.stream_seconds = spent.place_seconds = 0.0
+                plan.clock.now('step')
             if pending is not None:
                 report(*pending)
             pending = (step, metrics, stream_state, batch['tokens'].shape[1])
@@ -192,12 +201,16 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
                 report(*pending)
                 pending = None
                 more = {'tokens': spent.tokens, 'flops': spent.flops, 'health': saved_health(state.get('health', {}))}
-                checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **more})
+                with plan.clock.spend('save'):
+                    checkpoints.save(step + 1, state, stream_state, {**plan.metadata, **more})
+                plan.clock.saved(step + 1)
             if leaving:
-                checkpoints.wait()
+                with plan.clock.spend('save'):
+                    checkpoints.wait()
                 tell(step + 1, 'preempted', 'told to end: saved, to go on when started again')
                 raise Preempted
-        checkpoints.wait()
+        with plan.clock.spend('save'):
+            checkpoints.wait()
     return state, spent
 
 

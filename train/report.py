@@ -20,6 +20,7 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from train.command import command
 from train.figures import PALETTE, chart, draw, metric_curves
+from train.goodput import summary
 from train.statistics import interval
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
@@ -72,7 +73,7 @@ def write_report(workdir: Path) -> Path:
     metrics = {stage['name']: _read_metrics(workdir / stage['name'] / 'metrics.jsonl') for stage in stages}
     samples = {stage['name']: _read_lines(workdir / stage['name'] / 'samples.jsonl') for stage in stages}
     events = {stage['name']: _read_lines(workdir / stage['name'] / 'events.jsonl') for stage in stages}
-    page = _page(workdir.resolve().name, lineage.get('run') or {}, stages, metrics, samples, events)
+    page = _page(workdir, lineage.get('run') or {}, stages, metrics, samples, events)
     path = workdir / 'report.html'
     partial = path.with_suffix('.html.partial')
     partial.write_bytes(page.encode('utf-8', 'replace'))
@@ -120,14 +121,14 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _page(
-    name: str,
+    workdir: Path,
     run: Mapping[str, Any],
     stages: Sequence[Mapping[str, Any]],
     metrics: Mapping[str, list[dict[str, Any]]],
     samples: Mapping[str, list[dict[str, Any]]],
     events: Mapping[str, list[dict[str, Any]]],
 ) -> str:
-    colours = {stage['name']: PALETTE[i % len(PALETTE)] for i, stage in enumerate(stages)}
+    name, colours = workdir.resolve().name, {s['name']: PALETTE[i % len(PALETTE)] for i, s in enumerate(stages)}
     facts = [run.get('created'), run.get('device'), f'{len(stages)} stages', *_totals(stages)]
     shown = ' · '.join(_text(fact) for fact in facts if fact)
     sections = [
@@ -142,6 +143,7 @@ def _page(
         ),
         *_figures(metrics, colours),
         _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
+        _section('Where the time went', _goodput(workdir), 'Goodput: the share of steps that counted in all time.'),
         _section('What happened on the way', _events(events), 'Interruptions, alarms and what was done about them.'),
         _section('What each stage changed', _changes(stages), 'Config fields that differ from the parent stage.'),
     ]
@@ -311,6 +313,14 @@ def _events(events: Mapping[str, list[dict[str, Any]]]) -> str:
         table = f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>{more}'
         blocks += [f'<details><summary>{_text(stage)}: {len(lines):,}</summary>{table}</details>'] if lines else []
     return ''.join(blocks)
+
+
+def _goodput(workdir: Path) -> str:
+    rows = ''.join(
+        f'<tr><td>{share:.1%}</td><td>{_time(seconds)}</td><td class="soft">{_text(words)}</td></tr>'
+        for words, seconds, share in summary(workdir)
+    )
+    return rows and f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
 
 
 def _score(score: Any) -> str:
