@@ -110,6 +110,39 @@ def _code(config: ConfigDict) -> None:
     )
 
 
+def _proof(config: ConfigDict) -> None:
+    """Proofs of one or two lines; in the hard ones a premise is of no use, so that their number gives nothing away."""
+    easy: dict[str, Any] = {'name': 'proof', 'steps': (1, 2), 'distractors': 0}
+    _graded(
+        config,
+        easy,
+        {**easy, 'distractors': 1},
+        taste=0.2,
+        vocabulary=320,
+        length=96,
+        answer=40,
+        start={'steps': 600, 'batch_size': 24, 'optimizer': {'learning_rate': 0.01}},
+        rl={'steps': 150},
+    )
+
+
+def _stories(config: ConfigDict) -> None:
+    """Stories of two operations, each line judged: does it help to be told which line was wrong?"""
+    story: dict[str, Any] = {'name': 'wordgraph', 'operations': 2, 'max_value': 10}
+    _graded(
+        config,
+        {**story, 'operations': 1},
+        story,
+        taste=0.6,
+        vocabulary=512,
+        length=128,
+        answer=48,
+        start={'steps': 600, 'batch_size': 32, 'optimizer': {'learning_rate': 0.01}},
+        rl={'steps': 120, 'prompts': 16, 'batch_size': 128},
+        arms={'process': {'algorithm': 'process', 'process_coefficient': 1.0}},
+    )
+
+
 def _nim(config: ConfigDict) -> None:
     """Self-play from a beginner who knows the rules: rating against its own frozen past, on held-out starts."""
     nim: dict[str, Any] = {'name': 'nim', 'heaps': 3, 'most': 7}
@@ -180,4 +213,11 @@ def _proposals(config: ConfigDict) -> None:
         add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=150, **rl)
 
 
-VARIANTS = {'sudoku': _sudoku, 'code': _code, 'nim': _nim, 'proposals': _proposals}
+VARIANTS = {
+    'sudoku': _sudoku,
+    'code': _code,
+    'proof': _proof,
+    'stories': _stories,
+    'nim': _nim,
+    'proposals': _proposals,
+}
