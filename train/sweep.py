@@ -1,0 +1,368 @@
+"""Many runs that differ in some fields: their product, what they share trained once, and a table of what came of it.
+
+python -m train.sweep --config=FILE --workdir=DIR --set model.attention=mla,gqa --set seed=0,1,2 [--stage=NAME]
+
+Each --set names a field of the config and values with commas between them; the arms are their product, and arms that
+differ in a seed alone are averaged. Without --set, the function `sweep(add)` of the config file says what the arms are,
+by a call of add({FIELD: VALUE, ...}) for each. Stages whose settings are the same in several arms, with all that leads
+to them, are trained once. The same command goes on where it was.
+
+  --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
+  --stage     of each arm only this stage and those it needs
+  --config.X  any field of the config, in all arms, as in `python -m train`
+
+DIR holds a folder for each arm, which is the workdir of a run; sweep.csv and sweep.md have the table.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import csv
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from data.errors import InputError, did_you_mean
+from data.mixture import as_dict, sources_of
+from train.__main__ import parse
+from train.checkpoint import read_json
+from train.command import command
+from train.compare import compare
+from train.edges import needed_for, order, stage_model, stages_needed
+from train.graph import Run
+from train.host import prepare, say
+from train.report import write_report
+from train.statistics import interval
+
+_SETS = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE,VALUE,...: a field of the config and what it is set to.')
+_PRINT = flags.DEFINE_boolean('print', False, 'Print commands instead of running them.')
+
+SHARED = 'shared'  # in the sweep's folder: stages that more than one arm may need
+LAST = 0.1  # share of a stage's steps whose mean loss is told
+Changes = dict[str, Any]
+
+
+class Arm(NamedTuple):
+    """A run of a sweep: its name, the fields that are changed, and the whole config."""
+
+    name: str
+    changes: Changes
+    config: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """What a group of arms that differ in their seed came to, in one measure.
+
+    `low` and `high` are a 95% bootstrap interval over items where the measure scores items, else the range of the
+    seeds. `verdict` says how the best one is ahead of this one.
+    """
+
+    stage: str
+    measure: str
+    arm: str
+    seeds: int
+    value: float
+    low: float
+    high: float
+    verdict: str
+
+
+def product(config: Mapping[str, Any], sets: Sequence[str]) -> list[Changes]:
+    """All combinations of what `--set` flags name.
+
+    Raises:
+        InputError: a field that is not there or is set twice; a value of another type than the field's.
+    """
+    named: dict[str, list[Any]] = {}
+    for given in sets:
+        field, equals, values = given.partition('=')
+        if not equals or not values:
+            raise InputError(f'--set {given}: expected FIELD=VALUE,VALUE,...')
+        if field in named:
+            raise InputError(f'--set {field}: given twice')
+        old = _get(config, field)
+        named[field] = [_value(field, text, old) for text in _apart(values)]
+    return [dict(zip(named, values, strict=True)) for values in itertools.product(*named.values())]
+
+
+def _apart(values: str) -> list[str]:
+    """Values between commas; one inside brackets belongs to a value."""
+    found, depth = [''], 0
+    for letter in values:
+        depth += (letter in '([{') - (letter in ')]}')
+        if letter == ',' and not depth:
+            found.append('')
+        else:
+            found[-1] += letter
+    return found
+
+
+def _value(field: str, text: str, old: Any) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old):
+        raise InputError(f'--set {field}={text}: expected {type(old).__name__}, as in {old!r}')
+    return value
+
+
+def _get(config: Mapping[str, Any], field: str) -> Any:
+    at: Any = config
+    for depth, name in enumerate(names := field.split('.')):
+        if not hasattr(at, 'keys') or name not in at:
+            near = did_you_mean(name, at.keys()) if hasattr(at, 'keys') else ''
+            raise InputError(f'{".".join(names[: depth + 1])}: no such field of the config{near}')
+        at = at[name]
+    return at
+
+
+def arms(config: Mapping[str, Any], combinations: Sequence[Changes]) -> list[Arm]:
+    """A run for each combination of changes.
+
+    Raises:
+        InputError: none at all, twice the same, or a field that is not there.
+    """
+    if not combinations:
+        raise InputError(
+            'nothing to sweep over: expected --set FIELD=VALUE,VALUE or a function sweep(add) in the config'
+        )
+    made: dict[str, Arm] = {}
+    for changes in combinations:
+        changed = copy.deepcopy(dict(config))
+        for field, value in changes.items():
+            _get(config, field)
+            *path, last = field.split('.')
+            functools.reduce(lambda at, name: at[name], path, changed)[last] = value
+        name = label(changes)
+        if name in made:
+            raise InputError(f'two arms are called {name}: expected different ones')
+        made[name] = Arm(name, changes, changed)
+    return list(made.values())
+
+
+def label(changes: Mapping[str, Any]) -> str:
+    """Changes as a short name that a folder can have; 'all' where there are none."""
+    words = [f'{field.removeprefix("stages.").removeprefix("model.")}={value}' for field, value in changes.items()]
+    return re.sub(r'[^\w.=+-]+', '_', ','.join(words).replace(',', '__')).strip('_') or 'all'
+
+
+def identity(config: Mapping[str, Any], name: str) -> str:
+    """A hash of all that decides what a stage comes to: its settings and those of all that lead to it."""
+    stage, tokenizer = as_dict(config['stages'][name]), as_dict(config['tokenizer'])
+    sources = sources_of(stage.get('mixture', ())) | {stage.get('source', '')} | {*tokenizer['sources']}
+    evaluations = {e: config['evaluations'][e] for e in stage.get('evaluations', ()) if e in config['evaluations']}
+    seed = stage.get('seed', -1)
+    told = {
+        'name': name,
+        'model': stage_model(config, name).to_dict(),
+        'stage': stage,
+        'seed': config['seed'] if seed < 0 else seed,
+        'sources': {source: config['sources'][source] for source in sources if source in config['sources']},
+        'evaluations': evaluations,
+        'tokenizer': tokenizer,
+        'mesh': config['mesh'],
+        'needed': {needed: identity(config, needed) for needed in stages_needed(stage, config['sources'])},
+    }
+    return _digest(told)
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True, default=as_dict).encode(), digest_size=6).hexdigest()
+
+
+def link(folder: Path, arm: Arm, names: Sequence[str]) -> dict[str, Path]:
+    """Makes an arm's workdir, whose stages are links to folders that all arms with the same stages share."""
+    workdir = folder / arm.name
+    workdir.mkdir(parents=True, exist_ok=True)
+    shared = {name: folder / SHARED / f'{name}-{identity(arm.config, name)}' for name in names}
+    for name, target in shared.items():
+        target.mkdir(parents=True, exist_ok=True)
+        if not (workdir / name).exists():
+            (workdir / name).symlink_to(Path('..') / SHARED / target.name, target_is_directory=True)
+        elif (workdir / name).resolve() != target.resolve():
+            raise InputError(f'{workdir / name} was trained with other settings: expected another --workdir')
+    return shared
+
+
+def last_stages(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those of the stages that no other one of them needs."""
+    needed = {n for name in names for n in stages_needed(config['stages'][name], config['sources'])}
+    return [name for name in names if name not in needed]
+
+
+def table(folder: Path, made: Sequence[Arm], stages: Sequence[str]) -> list[Row]:
+    """What the arms came to, in each measure of each of the stages; arms that have not got there are left out."""
+    groups: dict[str, list[Arm]] = {}
+    for arm in made:
+        rest = {field: value for field, value in arm.changes.items() if field.split('.')[-1] != 'seed'}
+        groups.setdefault(label(rest), []).append(arm)
+    rows = []
+    for stage in stages:
+        folders = {name: [folder / arm.name / stage for arm in group] for name, group in groups.items()}
+        done = {name: some for name, some in folders.items() if all((f / 'finished.json').exists() for f in some)}
+        measured = {name: [_measures(f) for f in some] for name, some in done.items()}
+        for measure in dict.fromkeys(m for seeds in measured.values() for said in seeds for m in said):
+            held = {name: seeds for name, seeds in measured.items() if all(measure in said for said in seeds)}
+            rows += _ranked(stage, measure, {n: [s[measure] for s in seeds] for n, seeds in held.items()}, done)
+    return rows
+
+
+def _measures(folder: Path) -> dict[str, dict[str, Any]]:
+    """Evaluations of a stage, and its loss at the end."""
+    found: dict[str, dict[str, Any]] = dict(read_json(folder / 'finished.json')['evaluations'])
+    path = folder / 'metrics.jsonl'
+    losses = [json.loads(line).get('loss') for line in path.read_text().splitlines()] if path.exists() else []
+    losses = [loss for loss in losses if loss is not None]
+    if losses:
+        tail = losses[-max(1, round(LAST * len(losses))) :]
+        found['loss'] = {'value': float(np.mean(tail)), 'direction': 'lower', 'details': {}}
+    return found
+
+
+def _ranked(
+    stage: str, measure: str, said: Mapping[str, list[dict[str, Any]]], folders: Mapping[str, list[Path]]
+) -> list[Row]:
+    """A row for each group, the best first."""
+    values = {name: [float(x['value']) for x in seeds] for name, seeds in said.items()}
+    sign = -1 if next(iter(said.values()))[0]['direction'] == 'lower' else 1
+    ranked = sorted(values, key=lambda name: -sign * float(np.mean(values[name])))
+    best = ranked[0]
+    items = {name: [x['details'].get('scores') for x in said[name]] for name in ranked}
+    paired = len({None if x is None else len(x) for seeds in items.values() for x in seeds}) == 1
+    paired &= None not in items[best] and len({len(seeds) for seeds in items.values()}) == 1
+    rows = []
+    for name in ranked:
+        low, high = interval(np.mean(items[name], axis=0)) if paired else (min(values[name]), max(values[name]))
+        if name == best:
+            verdict = 'best'
+        elif paired:
+            ahead = compare([str(f) for f in folders[name]], [str(f) for f in folders[best]], measure)[measure]
+            apart = ahead['low'] > 0 or ahead['high'] < 0
+            gap = f'{ahead["difference"]:+.4f} [{ahead["low"]:+.4f}, {ahead["high"]:+.4f}]'
+            verdict = f'best differs by {gap}' + ('' if apart else ': not separated')
+        else:
+            gaps = [sign * (a - b) for a in values[best] for b in values[name]]
+            apart = len(gaps) > 1 and min(gaps) > 0
+            verdict = 'every seed behind every one of the best' if apart else 'not separated'
+        rows.append(Row(stage, measure, name, len(values[name]), float(np.mean(values[name])), low, high, verdict))
+    return rows
+
+
+def write_table(folder: Path, rows: Sequence[Row]) -> str:
+    """Writes sweep.csv and sweep.md; gives the latter."""
+    with (folder / 'sweep.csv').open('w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    head = ['| stage | measure | arm | seeds | value | |', '|---|---|---|---|---|---|']
+    body = [
+        f'| {r.stage} | {r.measure} | {r.arm} | {r.seeds} | {r.value:.4f} [{r.low:.4f}, {r.high:.4f}] | {r.verdict} |'
+        for r in rows
+    ]
+    text = '\n'.join([*head, *body]) + '\n'
+    (folder / 'sweep.md').write_text(text)
+    return text
+
+
+def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], shared: Sequence[str]) -> list[str]:
+    """Lines for a shell: first what trains stages that several arms share, then a run for each arm.
+
+    names: of each arm its stages; shared: arguments of the sweep that every run takes over.
+    """
+    owners: dict[str, list[tuple[Arm, str]]] = {}
+    for arm in made:
+        for name in names[arm.name]:
+            owners.setdefault(identity(arm.config, name) + name, []).append((arm, name))
+    first = [several[0] for several in owners.values() if len(several) > 1]
+
+    def run(arm: Arm, stage: str) -> str:
+        changes = [f'--config.{field}={value}' for field, value in arm.changes.items()]
+        words = ['python', '-m', 'train', *shared, f'--workdir={folder / arm.name}', f'--stage={stage}', *changes]
+        return shlex.join(words)
+
+    # Of a chain that is shared the last stage trains the others.
+    lasts = {(arm.name, name) for arm, name in first}
+    for arm, name in first:
+        lasts -= {(arm.name, n) for n in needed_for(arm.config, name) if n != name}
+    lines = [run(arm, name) for arm, name in first if (arm.name, name) in lasts]
+    if lines:
+        lines = ['# first, one after the other: what arms share', *lines, '# then, side by side']
+    return lines + [run(arm, name) for arm in made for name in last_stages(arm.config, names[arm.name])]
+
+
+def _declared(path: str) -> list[Changes]:
+    """What the function `sweep` of a config file adds; nothing where it has none."""
+    spec = importlib.util.spec_from_file_location('swept_config', path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    added: list[Changes] = []
+    declare: Callable[[Callable[[Changes], None]], None] | None = getattr(module, 'sweep', None)
+    if declare is not None:
+        declare(added.append)
+    return added
+
+
+@command('train.sweep', interrupted='the same command goes on')
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    if '--help' in arguments or '-h' in arguments:
+        print(__doc__)
+        return 0
+    config = parse(arguments)
+    folder, last = Path(flags.FLAGS.workdir), flags.FLAGS.stage
+    path = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
+    made = arms(config, product(config, _SETS.value) if _SETS.value else _declared(path))
+    names = {arm.name: needed_for(arm.config, last) if last else order(arm.config) for arm in made}
+    given = [word for word in arguments[1:] if word.startswith('--config')]
+    for arm in made:
+        link(folder, arm, names[arm.name])
+    if _PRINT.value:
+        print('\n'.join(commands(folder, made, names, given)))
+        return 0
+    prepare()
+    for number, arm in enumerate(made, 1):
+        say(f'arm {number} of {len(made)}: {arm.name}')
+        _run(folder, arm, last, commands(folder, [arm], names, given)[-1])
+    stages = list(dict.fromkeys(n for arm in made for n in last_stages(arm.config, names[arm.name])))
+    print(write_table(folder, table(folder, made, stages)), end='')
+    return 0
+
+
+def _run(folder: Path, arm: Arm, last: str, command_line: str) -> None:
+    """Runs an arm. Arms with the same settings of the tokenizer have the same one."""
+    workdir, settings = folder / arm.name, as_dict(arm.config['tokenizer'])
+    sources = {name: arm.config['sources'].get(name) for name in settings['sources']}
+    tokenizer = folder / SHARED / f'tokenizer-{_digest([settings, sources])}'
+    if tokenizer.exists() and not (workdir / 'tokenizer').exists():
+        shutil.copytree(tokenizer, workdir / 'tokenizer')
+    run = Run(arm.config, workdir, command_line)
+    if not tokenizer.exists():
+        shutil.copytree(workdir / 'tokenizer', tokenizer)
+    run(last)
+    write_report(workdir)
+    jax.clear_caches()  # programs of other shapes are of no more use; those on disk stay
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))
