@@ -69,14 +69,24 @@ def find_files(path: str, kind: str) -> list[str]:
     return names
 
 
+def _checked(broken: int) -> int:
+    if broken < 0:
+        raise InputError(f'broken is {broken}: expected 0, or how many records may be passed over')
+    return broken
+
+
 class JsonLines:
     """JSON Lines: one object a line. All lines are parsed on opening, to index and to check them; then read by offset.
 
     Lines end at \\n alone (JSON strings may hold other line ends), and blank ones are passed over. Files ending in .gz
     are kept in memory, unpacked: compressed bytes have no offsets.
+
+    Of `broken` lines all is known only when they are read: they keep their numbers, and so does what follows them.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, broken: int = 0):
+        self.most_broken = _checked(broken)
+        self._left = broken  # lines that may still be broken
         self._records: list[tuple[int, int, int, int]] = []  # file, line, offset and size in bytes
         self._names = find_files(path, 'jsonl')
         self._contents: list[bytes | int] = []  # unpacked bytes or a file descriptor
@@ -117,7 +127,12 @@ class JsonLines:
         offset = 0
         for line, data in enumerate(file, 1):
             if data.strip():
-                self._parse(data, number, line)
+                try:
+                    self._parse(data, number, line)
+                except InputError:
+                    if not self._left:
+                        raise
+                    self._left -= 1
                 self._records.append((number, line, offset, len(data)))
             offset += len(data)
 
@@ -138,9 +153,9 @@ class JsonLines:
 class JsonLinesSource(JsonLines):
     """JSON Lines of records to train on."""
 
-    def __init__(self, path: str, field: str = ''):
+    def __init__(self, path: str, field: str = '', broken: int = 0):
         self._field = field
-        super().__init__(path)
+        super().__init__(path, broken)
 
     def _check(self, value: Any, where: str) -> Record:
         return check_record(value, self._field, where)
@@ -152,9 +167,10 @@ class ArrayRecordSource:
     `tokenizer_fingerprint` says which tokenizer made the tokens of such a folder; None where it holds text.
     """
 
-    def __init__(self, path: str, field: str = ''):
+    def __init__(self, path: str, field: str = '', broken: int = 0):
         from grain.sources import ArrayRecordDataSource
 
+        self.most_broken = _checked(broken)
         self._field = field
         self._path = path
         names = find_files(os.path.join(path, '*.arrayrecord') if os.path.isdir(path) else path, 'arrayrecord')
@@ -183,10 +199,11 @@ class ParquetSource:
     Shuffled reading of files with large row groups is slow: put such data through `python -m data.prepare` first.
     """
 
-    def __init__(self, path: str, field: str = ''):
+    def __init__(self, path: str, field: str = '', broken: int = 0):
         import pyarrow
         from pyarrow import parquet
 
+        self.most_broken = _checked(broken)
         self._field = field
         self._names = find_files(path, 'parquet')
         self._groups: list[tuple[int, int]] = []  # file and row group
@@ -213,8 +230,12 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Record:
         position = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[position - 1] if position else 0)
-        value = self._read_group(position).slice(row, 1).to_pylist()[0]
-        return check_record(value, self._field, f'{self._names[self._groups[position][0]]}: record {index}')
+        where = f'{self._names[self._groups[position][0]]}: record {index}'
+        try:
+            value = self._read_group(position).slice(row, 1).to_pylist()[0]
+        except (OSError, ValueError) as error:  # pyarrow's errors are among these
+            raise InputError(f'{where}: cannot be read: {error}') from error
+        return check_record(value, self._field, where)
 
     def _read_group_uncached(self, position: int) -> Any:
         from pyarrow import parquet

@@ -15,7 +15,7 @@ from grain.experimental import index_shuffle
 
 from data.errors import InputError
 from data.packing import RowWriter, encode_record
-from data.sources import Source
+from data.sources import Source, most_broken
 from data.tokenizer import Tokenizer
 
 _SHUFFLE_ROUNDS = 4  # as Grain's own shuffle has it
@@ -27,7 +27,10 @@ CHARACTERS = 3_000_000  # of any other source; with all of them the demo's held-
 
 
 class Order:
-    """A source's records in shuffled order, epoch after epoch without end."""
+    """A source's records in shuffled order, epoch after epoch without end.
+
+    `broken` holds those that could not be read, of which a source may allow some; `events` what is to be told of them.
+    """
 
     def __init__(self, name: str, source: Source, seed: int):
         self._name = name
@@ -35,10 +38,22 @@ class Order:
         self._size = len(source)
         self._seed = seed
         self.endless = getattr(source, 'endless', False)
+        self.broken: set[int] = set()
+        self.events: list[tuple[str, str]] = []
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         """The record at a position of the order; positions run on from epoch to epoch."""
         return self.source[self.index(position)]
+
+    def pass_over(self, index: int, error: InputError) -> None:
+        """Notes that a record cannot be read; InputError where these are too many by now."""
+        detail, most = f'source {self._name!r}, record {index}: {error}', most_broken(self.source)
+        if index not in self.broken and len(self.broken) >= most:
+            more = f' (with it {most + 1} records are broken: option broken = {most})' if most else ''
+            raise InputError(f'{detail}{more}') from error
+        if index not in self.broken:
+            self.events.append(('broken record', f'{detail}: passed over'))
+        self.broken.add(index)
 
     def index(self, position: int) -> int:
         """Which record of the source that is."""
@@ -59,6 +74,17 @@ class Order:
                 return place
 
 
+def untold(orders: Mapping[str, Order]) -> list[tuple[str, str]]:
+    """What is to be told of broken records, to be taken from the list; empty when nothing is."""
+    return next((order.events for order in orders.values() if order.events), [])
+
+
+def broken_metrics(orders: Mapping[str, Order]) -> dict[str, float]:
+    """How many records could not be read, where there were any."""
+    count = sum(len(order.broken) for order in orders.values())
+    return {'records/broken': float(count)} if count else {}
+
+
 @dataclasses.dataclass
 class _Progress:
     """How far a row has come in one source."""
@@ -67,6 +93,8 @@ class _Progress:
     offset: int = 0  # tokens done of the next record
     consumed: int = 0  # tokens taken in all
     skipped: int = 0  # records passed over because they were too long to fit in any row
+    # Records passed over because they could not be read; a list is never changed, as snapshots hold it.
+    broken: list[int] = dataclasses.field(default_factory=list)
     credit: float = 0.0  # tokens this source is owed (if negative: has had too much)
 
 
@@ -112,7 +140,10 @@ class Row:
 
     def state(self) -> dict[str, Any]:
         """A JSON-able snapshot, which later batches leave alone."""
-        sources = {name: dict(vars(progress)) for name, progress in self._progress.items()}
+        sources = {
+            name: {field: x for field, x in vars(progress).items() if field != 'broken' or x}
+            for name, progress in self._progress.items()
+        }
         return {'segments': self._segments, 'sources': sources}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -122,6 +153,8 @@ class Row:
             raise InputError(f'stream state: made with sources {", ".join(made)}; now they are {", ".join(now)}')
         self._segments = state['segments']
         self._progress = {name: _Progress(**state['sources'][name]) for name in self._orders}
+        for name, progress in self._progress.items():
+            self._orders[name].broken.update(progress.broken)
         self._open = {}
 
     def _choose(self, weights: Mapping[str, float]) -> str:
@@ -160,22 +193,27 @@ class Row:
     def _next_record(self, name: str, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and loss weights of a source's next record; one that may not be cut and never fits is passed over."""
         for _ in range(_MOST_SKIPPED):
-            if name not in self._open:
-                self._open[name] = self._read(name)
+            if name not in self._open and not self._read(name):
+                continue
             if self._split or len(self._open[name][0]) <= capacity:
                 return self._open[name]
             self._progress[name].skipped += 1
             self._advance(name)
         raise InputError(f'source {name!r}: {_MOST_SKIPPED} records on end are longer than sequence_length={capacity}')
 
-    def _read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        position = self._row + self._progress[name].cursor * self._stride
-        order = self._orders[name]
+    def _read(self, name: str) -> bool:
+        """Opens a source's next record, or passes over it, which is then false."""
+        progress, order = self._progress[name], self._orders[name]
+        index = order.index(self._row + progress.cursor * self._stride)
         try:
-            tokens, weight = encode_record(order[position], self._tokenizer)
-            return tokens, weight / max(weight.sum(), 1.0) if self._per_example else weight
+            tokens, weight = encode_record(order.source[index], self._tokenizer)
         except InputError as error:
-            raise InputError(f'source {name!r}, record {order.index(position)}: {error}') from error
+            order.pass_over(index, error)
+            progress.broken = sorted({*progress.broken, index})
+            self._advance(name)
+            return False
+        self._open[name] = tokens, weight / max(weight.sum(), 1.0) if self._per_example else weight
+        return True
 
 
 def sample_texts(source: Source) -> Iterator[str]:
@@ -187,7 +225,11 @@ def sample_texts(source: Source) -> Iterator[str]:
     order = Order('tokenizer', source, seed=0)
     read = 0
     for place in range(PROBLEMS if order.endless else len(source)):
-        record = order[place]
+        try:
+            record = order[place]
+        except InputError as error:
+            order.pass_over(order.index(place), error)
+            continue
         if 'messages' in record:
             words = '\n'.join(message['content'] for message in record['messages'])
         elif fields := [field for field in ('text', 'prompt', 'completion') if field in record]:

@@ -31,6 +31,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+def most_broken(source: Source) -> int:
+    """How many of a source's records may turn out to be broken, and are passed over."""
+    return getattr(source, 'most_broken', 0)
+
+
 def _chat(asked: str, said: str) -> Record:
     return {'messages': [{'role': 'user', 'content': asked}, {'role': 'assistant', 'content': said}]}
 
@@ -135,7 +140,8 @@ def open_source(spec: Any) -> Source:
       stdlib_instructions           split
       task                          name, split, format (text, completion, chat or proposal), and the task's own options
       repeats                       words, strings
-      jsonl, arrayrecord, parquet   path (a file or a glob), field
+      jsonl, arrayrecord, parquet   path (a file or a glob), field, broken (how many records that cannot be read a run
+                                    passes over; 0: none)
       text                          path (a file, a folder or a glob): one document a file
       tfds                          name or path, split, field
 
@@ -159,7 +165,13 @@ def open_source(spec: Any) -> Source:
     source = opener(**options)
     if len(source) == 0:
         raise InputError(f'source {kind}: no records in it')
-    source[0]
+    for index in range(min(len(source), most_broken(source) + 1)):
+        try:
+            source[index]
+            break
+        except InputError:
+            if index == min(len(source) - 1, most_broken(source)):
+                raise
     return source
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from data.errors import InputError
 from data.mixture import Mixture, validate_mixture, weights_at
 from data.packing import Batch, RowWriter, empty_batch
-from data.rows import Order, Row
+from data.rows import Order, Row, broken_metrics, untold
 from data.sources import Source
 from data.tokenizer import Tokenizer
 
@@ -86,6 +86,7 @@ class RowStream:
         self._steps = steps
         self.rows: Sequence[int] = range(rows) if rows_here is None else rows_here
         orders = {name: Order(name, source, seed) for name, source in sources.items()}
+        self._orders = orders
         self._rows = {row: Row(row, rows, orders, tokenizer, seed, split_documents, per_example) for row in self.rows}
         self._step = 0
 
@@ -117,9 +118,20 @@ class RowStream:
     def close(self) -> None:
         """Nothing is held."""
 
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """Records that were passed over as they could not be read, and of which nobody was told yet."""
+        return untold(self._orders)
+
     def _state(self) -> State:
         rows = {str(number): row.state() for number, row in self._rows.items()}
-        return {'step': self._step, 'total_rows': self._rows_total, 'rows': rows}
+        metrics = broken_metrics(self._orders)
+        return {
+            'step': self._step,
+            'total_rows': self._rows_total,
+            'rows': rows,
+            **({'metrics': metrics} if metrics else {}),
+        }
 
 
 def merged(states: Sequence[State]) -> State:
@@ -162,6 +174,11 @@ class Prefetch:
     def close(self) -> None:
         """Ends the thread; the next call of `next` needs a `restore` before it."""
         self._stop()
+
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """Those of the stream, which come with batches made ahead."""
+        return getattr(self._stream, 'events', [])
 
     def _start(self, step: int) -> None:
         self._expected = step

@@ -58,7 +58,7 @@ COSTS = {'start': 6.0, 'restore': 1.5, 'compile': 6.0, 'save': 0.1, 'data': 0.00
 
 
 def test_one_kill_in_twenty_minutes(tmp_path: Path) -> None:
-    """Half a simulated day: the parts add up to the wall time, useful is what was saved, goodput is 95% and more."""
+    """Half a simulated day: the parts add up to the wall time, what was saved was useful, and goodput is above 95%."""
     time, draw, saved, deaths = Time(), random.Random(5), 0, 0
     began = time.now
     while time.now < began + 43200:

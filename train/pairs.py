@@ -14,7 +14,7 @@ from data.errors import InputError
 from data.mixture import Mixture, validate_mixture, weights_at
 from data.packing import Batch, Segment, empty_batch, pack
 from data.preferences import judged_segments, pair_segments, step_segments
-from data.rows import Order
+from data.rows import Order, broken_metrics, untold
 from data.sources import Source
 from data.stream import State
 from data.tokenizer import Tokenizer
@@ -95,11 +95,21 @@ class RecordStream:
         if self._reference is not None and self._needs_baseline:
             batch['baseline'] = self._mismatched(units, variables)
             metrics['preference/baseline'] = float(batch['baseline'])
-        return batch, {'step': step + 1, 'taken': dict(self._taken), 'skipped': self._skipped, 'metrics': metrics}
+        metrics |= broken_metrics(self._orders)
+        broken = {name: sorted(order.broken) for name, order in self._orders.items() if order.broken}
+        state = {'step': step + 1, 'taken': dict(self._taken), 'skipped': self._skipped, 'metrics': metrics}
+        return batch, {**state, 'broken': broken}
 
     def restore(self, state: State) -> None:
         """Goes on after the batch that `state` came with."""
         self._taken, self._skipped = dict(state['taken']), state['skipped']
+        for name, indices in state.get('broken', {}).items():
+            self._orders[name].broken.update(indices)
+
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """Of broken records."""
+        return untold(self._orders)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -109,10 +119,9 @@ class RecordStream:
         length = self._config['sequence_length']
         for _ in range(MOST_SKIPPED):
             key = self._take(weights)
-            unit = self._cut(*key)
-            if sum(len(segment.tokens) for segment in unit) <= length:
+            if (unit := self._cut(*key)) is not None and sum(len(segment.tokens) for segment in unit) <= length:
                 return key, unit
-            self._skipped += 1
+            self._skipped += unit is not None
         raise InputError(f'{MOST_SKIPPED} records on end are longer than sequence_length={length}')
 
     def _take(self, weights: Mapping[str, float]) -> tuple[str, int]:
@@ -122,11 +131,13 @@ class RecordStream:
         self._taken[name] += 1
         return name, self._orders[name].index(self._taken[name] - 1)
 
-    def _cut(self, name: str, index: int) -> list[Segment]:
+    def _cut(self, name: str, index: int) -> list[Segment] | None:
+        """The segments of a record; None of one that cannot be read and is passed over."""
         try:
             return self._segments(self._orders[name].source[index], self._tokenizer)
         except InputError as error:
-            raise InputError(f'source {name!r}, record {index}: {error}') from None
+            self._orders[name].pass_over(index, error)
+            return None
 
     @functools.cached_property
     def _known(self) -> dict[tuple[str, int], list[float]]:

@@ -97,6 +97,11 @@ class TeacherStream:
         here = lambda x: x.reshape(-1, *x.shape[2:])[np.asarray(self.rows)]  # noqa: E731
         return {**batch, 'teacher_ids': here(ids), 'teacher_logprob': here(logprobs)}, state
 
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        """The inner stream's."""
+        return getattr(self._stream, 'events', [])
+
     def restore(self, state: State) -> None:
         self._stream.restore(state)
 
