@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from grain.experimental import index_shuffle
@@ -98,6 +98,15 @@ class _Progress:
     credit: float = 0.0  # tokens this source is owed (if negative: has had too much)
 
 
+class Taken(NamedTuple):
+    """A segment of a batch: source, number of the record in it, and which of the record's tokens, [begin, end)."""
+
+    source: str
+    record: int
+    begin: int
+    end: int
+
+
 class Row:
     """Row `row` of `rows`: it owns records row, row + rows, ... of every source's order."""
 
@@ -121,10 +130,12 @@ class Row:
         self._segments = 0
         self._progress = {name: _Progress() for name in orders}
         self._open: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # each source's next record, tokenised once
+        self.taken: list[Taken] = []  # what the last row that was filled is made of
 
     def fill(self, writer: RowWriter, weights: Mapping[str, float]) -> None:
         """Writes segments until the row is full, or the next record does not fit and may not be cut."""
         capacity = writer.space
+        self.taken = []
         while writer.space:
             name = self._choose(weights)
             tokens, loss_weight = self._next_record(name, capacity)
@@ -133,6 +144,7 @@ class Row:
             if end < len(tokens) and not self._split:
                 return  # it opens the next row: nothing that the choice depends on has changed
             writer.write(tokens[begin:end], loss_weight[begin:end])
+            self.taken.append(Taken(name, self._index(name), begin, end))
             self._account(name, end - begin, weights)
             progress.offset = end
             if end == len(tokens):
@@ -201,10 +213,14 @@ class Row:
             self._advance(name)
         raise InputError(f'source {name!r}: {_MOST_SKIPPED} records on end are longer than sequence_length={capacity}')
 
+    def _index(self, name: str) -> int:
+        """Which record of a source is this row's next."""
+        return self._orders[name].index(self._row + self._progress[name].cursor * self._stride)
+
     def _read(self, name: str) -> bool:
         """Opens a source's next record, or passes over it, which is then false."""
         progress, order = self._progress[name], self._orders[name]
-        index = order.index(self._row + progress.cursor * self._stride)
+        index = self._index(name)
         try:
             tokens, weight = encode_record(order.source[index], self._tokenizer)
         except InputError as error:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from data.errors import InputError
 from data.mixture import Mixture, validate_mixture, weights_at
 from data.packing import Batch, RowWriter, empty_batch
-from data.rows import Order, Row, broken_metrics, untold
+from data.rows import Order, Row, Taken, broken_metrics, untold
 from data.sources import Source
 from data.tokenizer import Tokenizer
 
@@ -117,6 +117,11 @@ class RowStream:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    @property
+    def taken(self) -> dict[int, list[Taken]]:
+        """What each row of the last batch is made of, segment by segment."""
+        return {number: row.taken for number, row in self._rows.items()}
 
     @property
     def events(self) -> list[tuple[str, str]]:

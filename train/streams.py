@@ -11,12 +11,14 @@ from typing import Any
 import jax
 
 from data.errors import InputError, did_you_mean
+from data.inspect import describe
 from data.mixture import as_dict, sources_of
 from data.sources import Awaited, Source, open_source
 from data.stream import Prefetch, RowStream, Stream
 from data.tasks import get_task
 from data.tokenizer import Tokenizer
 from model.transformer import Model
+from train.host import is_primary
 from train.make import RECORDS, Maker
 from train.members import Members
 from train.pairs import RecordStream
@@ -55,16 +57,22 @@ class Context:
         return zlib.crc32(f'{self.seed} {self.name}'.encode())
 
 
-def _source(context: Context, name: str, field: str) -> Source:
-    """A source of the run, opened; `field` names it. Of {'type': 'stage', 'name': NAME} it is what that stage wrote."""
+def _spec(context: Context, name: str, field: str) -> dict[str, Any]:
+    """What a source of the run is; `field` names it. Of {'type': 'stage', 'name': NAME} it is what that stage wrote."""
     if name not in context.sources:
         raise InputError(f'stages.{context.name}.{field}: no source {name!r}{did_you_mean(name, context.sources)}')
     spec = as_dict(context.sources[name])
     if spec.get('type') != 'stage':
-        return open_source(spec)
+        return spec
     assert context.folder is not None
-    records = context.folder.parent / spec['name'] / RECORDS
-    return open_source({'type': 'arrayrecord', 'path': str(records)}) if records.is_dir() else Awaited(spec['name'])
+    return {'type': 'arrayrecord', 'path': str(context.folder.parent / spec['name'] / RECORDS)}
+
+
+def _source(context: Context, name: str, field: str) -> Source:
+    """A source of the run, opened; that of a stage which has not run yet has no records so far."""
+    spec, given = _spec(context, name, field), context.sources[name]
+    waits = given.get('type') == 'stage' and not Path(spec['path']).is_dir()
+    return Awaited(given['name']) if waits else open_source(spec)
 
 
 def _sources(context: Context) -> dict[str, Source]:
@@ -74,18 +82,19 @@ def _sources(context: Context) -> dict[str, Source]:
 
 def rows(context: Context, split_documents: bool) -> Stream:
     c = context.config
-    stream = RowStream(
-        _sources(context),
-        c['mixture'],
-        context.tokenizer,
-        rows=c['batch_size'],
-        sequence_length=c['sequence_length'],
-        steps=c['steps'],
-        seed=context.stream_seed,
-        split_documents=split_documents,
-        rows_here=context.layout.rows_here() if context.layout else None,
-        per_example=c.get('weighting') == 'example',
-    )
+    settings = {
+        'rows': c['batch_size'],
+        'sequence_length': c['sequence_length'],
+        'steps': c['steps'],
+        'seed': context.stream_seed,
+        'split_documents': split_documents,
+        'per_example': c.get('weighting') == 'example',
+    }
+    rows_here = context.layout.rows_here() if context.layout else None
+    stream = RowStream(_sources(context), c['mixture'], context.tokenizer, rows_here=rows_here, **settings)
+    if context.folder is not None and context.folder.is_dir() and is_primary():
+        specs = {name: _spec(context, name, 'mixture') for name in sorted(sources_of(c['mixture']))}
+        describe(context.folder, specs, c['mixture'], **settings)
     return Prefetch(stream)
 
 
