@@ -99,16 +99,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--evaluation', default='', help='one evaluation (all that both have)')
     parser.add_argument('--against', default='', help='the evaluation of BASE, where it is another one')
     parser.add_argument('--between', nargs=2, type=float, help='only items on which BASE scores in this range')
+    parser.add_argument(
+        '--answers',
+        metavar='EVALUATION',
+        default='',
+        help='let both models answer the problems of this evaluation of TUNED, and compare: tokens shifted, diversity, '
+        'what is solved, weights moved',
+    )
+    parser.add_argument('--samples', type=int, default=8, help='with --answers: of each model for each problem')
+    parser.add_argument('--html', default='', help='with --answers: a file for the tokens of TUNED, coloured by rank')
     options = parser.parse_args(arguments)
+    if options.answers:
+        return _compare_answers(options)
     base, tuned = options.base.split(','), options.tuned.split(',')
     found = compare(base, tuned, options.evaluation, options.against, options.between)
     for name, change in found.items():
-        print(json.dumps({'evaluation': name, **{k: _rounded(v) for k, v in change.items()}}))
+        print(json.dumps({'evaluation': name, **_rounded(change)}))
+    return 0
+
+
+def _compare_answers(options: argparse.Namespace) -> int:
+    # Imported late: the differences above need no JAX.
+    from train.behaviour import behaviour, page
+    from train.checkpoint import load
+    from train.host import prepare
+
+    prepare()
+    base, tuned = load(options.base), load(options.tuned)
+    known = tuned.config['evaluations']
+    if options.answers not in known:
+        raise InputError(f'--answers: no evaluation {options.answers!r}{did_you_mean(options.answers, known)}')
+    if options.samples < 1:
+        raise InputError(f'--samples is {options.samples}: expected 1 or more')
+    found = behaviour(base, tuned, known[options.answers], options.samples)
+    if options.html:
+        Path(options.html).write_text(page(found, tuned.tokenizer, f'{options.base} and {options.tuned}'))
+    for name in ('shift', 'diversity', 'coverage', 'drift'):
+        print(json.dumps({name: _rounded(found[name])}))
     return 0
 
 
 def _rounded(value: Any) -> Any:
-    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 4)
+    if isinstance(value, Mapping):
+        return {name: _rounded(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(x) for x in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 if __name__ == '__main__':
