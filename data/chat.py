@@ -97,8 +97,31 @@ def _render(messages: list[dict[str, Any]], tokenizer: Tokenizer, add_generation
             eos_token=names['end'],
             pad_token=names['pad'],
         )
-    except jinja2.TemplateError as error:
-        raise InputError(f'chat template: {error}') from error
+    except Exception as error:  # whatever the expressions in it may raise
+        raise InputError(f'chat template: {" ".join(str(error).split()) or type(error).__name__}') from error
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's own keeps a template away from the program. This one has no means either to fill the memory by one
+    expression: texts are not repeated or padded, and numbers have no powers."""
+
+    intercepted_binops = frozenset(('*', '**', '%'))
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+        del self.globals['lipsum'], self.filters['center'], self.filters['format'], self.filters['indent']
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == '**' or not all(isinstance(x, int | float) and abs(x) < 2**64 for x in (left, right)):
+            raise jinja2.TemplateError(f'{operator}: expected two numbers, and no power')
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Nothing: Jinja's own would let it through before it is asked for."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        padding = ('center', 'ljust', 'rjust', 'zfill', 'expandtabs', 'format', 'format_map')
+        return attr not in padding and super().is_safe_attribute(obj, attr, value)
 
 
 @functools.lru_cache(maxsize=8)
@@ -108,7 +131,6 @@ def _template(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    extensions = ['jinja2.ext.loopcontrols']
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = _Sandbox()
     environment.globals['raise_exception'] = raise_exception
     return environment.from_string(source)

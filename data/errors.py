@@ -1,11 +1,24 @@
 """The error for bad input: what a user can mend by changing a file, a record or a config field."""
 
 import difflib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
     """One clear line naming the file, record or field at fault and what was expected there."""
+
+
+def json_object(text: str | bytes, where: object) -> dict[str, Any]:
+    """The JSON object in a text; else InputError, beginning with `where`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # broken JSON or UTF-8; thousands of brackets in each other
+        raise InputError(f'{where}: expected a JSON object: {error}') from error
+    if not isinstance(value, dict):
+        raise InputError(f'{where}: expected an object, got {type(value).__name__}')
+    return value
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

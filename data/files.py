@@ -9,7 +9,6 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data.chat import check_messages
-from data.errors import InputError
+from data.errors import InputError, json_object
 
 Record = dict[str, Any]
 
@@ -138,15 +137,9 @@ class JsonLines:
 
     def _parse(self, data: bytes, number: int, line: int) -> Record:
         where = f'{self._names[number]}:{line}'
-        try:
-            value = json.loads(data)
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise InputError(f'{where}: expected a JSON object on one line: {error}') from error
-        return self._check(value, where)
+        return self._check(json_object(data, where), where)
 
-    def _check(self, value: Any, where: str) -> Record:
-        if not isinstance(value, dict):
-            raise InputError(f'{where}: expected an object, got {type(value).__name__}')
+    def _check(self, value: Record, where: str) -> Record:
         return value
 
 
@@ -157,7 +150,7 @@ class JsonLinesSource(JsonLines):
         self._field = field
         super().__init__(path, broken)
 
-    def _check(self, value: Any, where: str) -> Record:
+    def _check(self, value: Record, where: str) -> Record:
         return check_record(value, self._field, where)
 
 
@@ -175,7 +168,10 @@ class ArrayRecordSource:
         self._path = path
         names = find_files(os.path.join(path, '*.arrayrecord') if os.path.isdir(path) else path, 'arrayrecord')
         metadata = Path(names[0]).parent / 'metadata.json'
-        self.tokenizer_fingerprint = json.loads(metadata.read_text()).get('tokenizer') if metadata.is_file() else None
+        told = json_object(metadata.read_bytes(), metadata) if metadata.is_file() else {}
+        self.tokenizer_fingerprint = told.get('tokenizer')
+        if not isinstance(self.tokenizer_fingerprint, str | None):
+            raise InputError(f'{metadata}: tokenizer: expected a fingerprint, got {self.tokenizer_fingerprint!r:.60}')
         try:
             self._source = ArrayRecordDataSource(names)
         except RuntimeError as error:
@@ -187,10 +183,10 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Record:
         where = f'{self._path}: record {index}'
         try:
-            value = json.loads(self._source[index])
+            data = self._source[index]
         except (ValueError, RuntimeError) as error:
-            raise InputError(f'{where}: expected JSON: {error}') from error
-        return check_record(value, self._field, where)
+            raise InputError(f'{where}: cannot be read: {error}') from error
+        return check_record(json_object(data, where), self._field, where)
 
 
 class ParquetSource:

@@ -26,9 +26,11 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.n
     """
     if 'tokens' in record:
         tokens = _token_array(record['tokens'], tokenizer.vocab_size)
-        weight = np.asarray(record.get('loss_weight', np.ones(len(tokens))), np.float32).copy()
+        weight = _array(record.get('loss_weight', np.ones(len(tokens))), 'loss_weight', np.float32).copy()
         if weight.shape != tokens.shape:
             raise InputError(f'loss_weight: expected one per token ({len(tokens)}), got shape {weight.shape}')
+        if not np.isfinite(weight).all():
+            raise InputError('loss_weight: expected finite numbers')
     elif 'text' in record:
         ids = tokenizer.encode(_text(record, 'text'))
         tokens = np.array([tokenizer.begin_id, *ids, tokenizer.end_id], np.int32)
@@ -43,6 +45,8 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[np.n
         weight = np.repeat(np.arange(len(pieces)) % 2, [len(piece) for piece in pieces]).astype(np.float32)
     else:
         raise InputError(f'record has {sorted(record)}: expected text, messages, tokens, or prompt and completion')
+    if not len(tokens):
+        raise InputError('messages: the chat template makes nothing of them')
     weight[0] = 0
     return tokens, weight
 
@@ -140,8 +144,16 @@ def _pairs(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(_text(part, 'prompt'), _text(part, 'completion')) for part in parts]
 
 
+def _array(value: Any, field: str, dtype: Any = None) -> np.ndarray:
+    try:
+        with np.errstate(over='ignore'):
+            return np.asarray(value, dtype)
+    except (ValueError, TypeError, OverflowError):  # lists in lists, words, numbers beyond all bounds
+        raise InputError(f'{field}: expected a list of numbers, got {str(value)[:60]}') from None
+
+
 def _token_array(ids: Any, vocab_size: int) -> np.ndarray:
-    tokens = np.asarray(ids)
+    tokens = _array(ids, 'tokens')
     if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise InputError(f'tokens: expected a non-empty list of token ids, got {str(ids)[:60]}')
     if tokens.min() < 0 or tokens.max() >= vocab_size:

@@ -57,12 +57,16 @@ def conversation(record: Mapping[str, Any]) -> Messages:
             return [dict(message) for message in value]
     if isinstance(record.get('prompt'), str):
         return [{'role': 'user', 'content': record['prompt']}]
-    if isinstance(record.get('conversations'), Sequence):
-        turns = [{'role': _ROLES.get(t.get('from'), ''), 'content': t.get('value')} for t in record['conversations']]
+    if isinstance(told := record.get('conversations'), Sequence) and not isinstance(told, str):
+        if not all(isinstance(turn, Mapping) for turn in told):
+            raise InputError('conversations: expected turns with from and value')
+        turns = [{'role': _ROLES.get(str(turn.get('from')), ''), 'content': turn.get('value')} for turn in told]
         check_messages(turns)
         return turns
     if isinstance(record.get('instruction'), str):
         parts = [record['instruction'], record.get('input') or '']
+        if not isinstance(parts[1], str):
+            raise InputError(f'input: expected a string, got {type(parts[1]).__name__}')
         return [{'role': 'user', 'content': '\n\n'.join(part for part in parts if part)}]
     raise InputError(f'record has {sorted(record)}: expected prompt, messages, conversations or instruction')
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from data.errors import InputError
+from data.errors import InputError, json_object
 
 CONTROL_TOKENS = ('<|begin|>', '<|end|>', '<|pad|>', '<|system|>', '<|user|>', '<|assistant|>', '<|tool|>')
 
@@ -120,10 +120,7 @@ class Tokenizer:
             model = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
         except Exception as error:  # the library raises bare Exception
             raise InputError(f'{folder / "tokenizer.json"}: not a tokenizer: {error}') from error
-        try:
-            config = json.loads((folder / 'tokenizer_config.json').read_text(encoding='utf-8'))
-        except ValueError as error:
-            raise InputError(f'{folder / "tokenizer_config.json"}: not JSON: {error}') from error
+        config = json_object((folder / 'tokenizer_config.json').read_bytes(), folder / 'tokenizer_config.json')
         names = {role: _token_text(config.get(key)) for role, key in _CONFIG_NAMES.items()}
         end = names['end']
         if end is None:
@@ -190,5 +187,5 @@ def _padding_token(named: str | None, taken: set[str], special: list[str]) -> st
 def _chat_template(entry: object) -> str | None:
     """A chat template is a string, or a list of named ones of which 'default' is meant."""
     if isinstance(entry, list):
-        entry = {item['name']: item['template'] for item in entry}.get('default')
+        entry = next((x.get('template') for x in entry if isinstance(x, dict) and x.get('name') == 'default'), None)
     return entry if isinstance(entry, str) else None

@@ -118,7 +118,7 @@ def test_foreign_padding(tmp_path):
     ('file', 'content', 'message'),
     [
         ('tokenizer.json', '{', 'tokenizer.json: not a tokenizer'),
-        ('tokenizer_config.json', '{', 'tokenizer_config.json: not JSON'),
+        ('tokenizer_config.json', '{', 'tokenizer_config.json: expected a JSON object'),
         ('tokenizer_config.json', '{}', 'no eos_token'),
         ('tokenizer_config.json', None, 'tokenizer_config.json: no such file'),
     ],

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import shutil
 import sys
@@ -31,7 +30,7 @@ from absl import logging
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from data.errors import InputError
+from data.errors import InputError, json_object
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.huggingface import (
@@ -61,6 +60,7 @@ from train.checkpoint import (
 from train.command import command
 
 INDEX = 'model.safetensors.index.json'
+LARGEST_HEADER = 10**8  # bytes, of any safetensors file (the format's own specification)
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja')
 
@@ -89,8 +89,11 @@ class HubTensors:
         if (folder / INDEX).is_file():
             try:
                 names = sorted(set(read_json(folder / INDEX)['weight_map'].values()))
+                inside = all(Path(name).name == name for name in names)
             except (KeyError, TypeError, AttributeError):
-                raise InputError(f'{folder / INDEX}: expected a "weight_map" from tensors to files') from None
+                inside = False
+            if not inside:
+                raise InputError(f'{folder / INDEX}: expected a "weight_map" from tensors to files beside it')
         for name in names:
             self._open(folder / name)
 
@@ -102,12 +105,16 @@ class HubTensors:
             # Eight bytes with the length of a JSON header, the header, the data (the format's own specification).
             start = 8 + int.from_bytes(file.read(8), 'little')
             try:
-                header = json.loads(file.read(start - 8 if start <= size else 0))
+                header = json_object(file.read(start - 8 if start <= min(size, LARGEST_HEADER) else 0), path)
                 header.pop('__metadata__', None)
-                entries = [(n, x['dtype'], tuple(x['shape']), *x['data_offsets']) for n, x in header.items()]
-            except (ValueError, AttributeError, KeyError, TypeError):
-                raise InputError(f'{path}: not a safetensors file, or cut off') from None
-        for name, dtype, shape, begin, end in entries:
+                entries = [(n, str(x['dtype']), tuple(x['shape']), tuple(x['data_offsets'])) for n, x in header.items()]
+                numbers = [number for _, _, shape, ends in entries for number in (*shape, *ends)]
+                sound = all(type(n) is int and n >= 0 for n in numbers) and all(len(ends) == 2 for *_, ends in entries)
+            except (ValueError, KeyError, TypeError):
+                sound = False
+            if not sound:
+                raise InputError(f'{path}: not a safetensors file, or cut off')
+        for name, dtype, shape, (begin, end) in entries:
             if dtype not in _DTYPES:
                 raise InputError(f'{path}: {name} is of type {dtype}: expected one of {", ".join(_DTYPES)}')
             if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize or start + end > size:
