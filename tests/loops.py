@@ -80,6 +80,7 @@ def plan(folder: Path, devices: int = 1, stream: Any = None, **changes: Any) -> 
         'pinned': (),
         'guard': COMMON['guard'],
         'step_deadline': 0.0,
+        'compare_every': 3,
         'layout': Layout(mesh, rows, LENGTH, 1),
         'tokens': 0,
         'flops': 0.0,

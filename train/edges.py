@@ -15,7 +15,7 @@ from train.stages import get_kind
 Config = Mapping[str, Any]
 
 # Fields that no result depends on.
-BESIDE = ('stage.evaluations', 'stage.save_every', 'stage.keep', 'stage.step_deadline')
+BESIDE = ('stage.evaluations', 'stage.save_every', 'stage.keep', 'stage.step_deadline', 'stage.compare_every')
 
 
 def parents(stage: Mapping[str, Any]) -> list[str]:

@@ -27,17 +27,17 @@ class Lazy:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def sums(x: jax.Array) -> jax.Array:
+    """Two wrapping uint32 sums over an array's bits, the second weighted by position: no sharding changes them."""
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    bits = bits.astype(jnp.uint32).reshape(-1)
+    place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * place).sum(dtype=jnp.uint32)])
+
+
 @jax.jit
 def _fingerprints(leaves: list[jax.Array]) -> list[jax.Array]:
-    """Two wrapping uint32 sums a leaf over its bits, the second weighted by position: no sharding changes them."""
-
-    def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        bits = bits.astype(jnp.uint32).reshape(-1)
-        place = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + jnp.uint32(1)
-        return jnp.stack([bits.sum(dtype=jnp.uint32), (bits * place).sum(dtype=jnp.uint32)])
-
-    return [one(x) for x in leaves]
+    return [sums(x) for x in leaves]
 
 
 def _host_fingerprint(x: np.ndarray) -> tuple[int, int]:

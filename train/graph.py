@@ -40,7 +40,7 @@ from train.goodput import Clock
 from train.health import check_guard
 from train.host import is_primary, say, wait_for_all
 from train.lock import locked
-from train.loop import Plan, train
+from train.loop import FIELDS, Plan, train
 from train.make import RECORDS, write_records
 from train.merge import average
 from train.optimizer import learning_rate, make_optimizer
@@ -328,14 +328,9 @@ class Run:
             objective=stage_objective(stage, model.config),
             optimizer=optimizer,
             stream=kind.stream(self._context(name, model, models)),
-            trainable=stage['trainable'],
             learning_rate=learning_rate(stage['optimizer'], stage['steps']),
-            steps=stage['steps'],
-            save_every=stage['save_every'],
-            keep=stage['keep'],
             pinned=steps_pinned(self.config, name),
-            guard=stage['guard'],
-            step_deadline=stage['step_deadline'],
+            **{field: stage[field] for field in FIELDS},
             layout=self._layout(name),
             tokens=int(start.get('tokens', 0)),
             flops=float(start.get('flops', 0.0)),

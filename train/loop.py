@@ -26,8 +26,11 @@ from train.log import Log, set_aside
 from train.objectives import Objective
 from train.peers import deadline, lost
 from train.preemption import Preempted, notice
+from train.replicas import agreement
 from train.step import Layout, State, make_step
 
+# Of a stage's config, what is in its Plan as it is.
+FIELDS = ('trainable', 'steps', 'save_every', 'keep', 'guard', 'step_deadline', 'compare_every')
 SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
 
@@ -44,6 +47,7 @@ class Plan:
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
         guard: against spikes (see `train.health`).
         step_deadline: seconds that no step but the first takes (see `train.peers`).
+        compare_every: steps between comparisons of copies of the state (see `train.replicas`).
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -64,6 +68,7 @@ class Plan:
     pinned: Sequence[int]
     guard: Mapping[str, Any]
     step_deadline: float
+    compare_every: int
     layout: Layout
     tokens: int
     flops: float
@@ -105,10 +110,14 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
         InputError: the last state could not be saved (of other saves that fail, the next is waited for); what the guard
             stops for, or would go back for where nothing was saved yet.
     """
+    last = None
     while True:
         try:
             return _train(plan, state)
         except Rewind as back:
+            if back.reason == last:
+                raise InputError(f'{plan.folder}: {last}, and again when the steps before it were taken anew') from None
+            last = back.reason
             _go_back(plan, back)
 
 
@@ -126,6 +135,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     left_out = set(read_json(plan.folder / SKIPPED)) if (plan.folder / SKIPPED).exists() else set()
     watch = Watch(plan.guard, tell)
+    compare = agreement(state, plan.layout.mesh, plan.folder) if plan.compare_every else lambda step, state: None
     stream_works = bool(getattr(plan.stream, 'work', ''))
     cpu_before = 0.0
     with contextlib.ExitStack() as stack:
@@ -197,7 +207,10 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
                 report(*pending)
             pending = (step, metrics, stream_state, batch['tokens'].shape[1])
             leaving = leave(step + 1) and step + 1 < plan.steps
-            if step + 1 == plan.steps or (step + 1) % plan.save_every == 0 or leaving:
+            saves = step + 1 == plan.steps or (step + 1) % plan.save_every == 0 or leaving
+            if saves or (plan.compare_every and (step + 1) % plan.compare_every == 0):
+                compare(step + 1, state)
+            if saves:
                 report(*pending)
                 pending = None
                 more = {'tokens': spent.tokens, 'flops': spent.flops, 'health': saved_health(state.get('health', {}))}

@@ -72,6 +72,8 @@ COMMON: dict[str, Any] = {
     'keep': 2,
     # Seconds after which a step, with its save, is taken to hang: the process ends with status 75. 0: never.
     'step_deadline': 0.0,
+    # Steps between comparisons of the state's copies on several devices, as before every save. 0: none at all.
+    'compare_every': 100,
     'keep_optimizer': False,  # take over the parent's optimizer state
     'evaluations': (),
     'optimizer': {
