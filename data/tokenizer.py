@@ -118,7 +118,9 @@ class Tokenizer:
                 raise InputError(f'{folder / name}: no such file; a tokenizer folder has it')
         try:
             model = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception; a panic of its Rust code is not even that
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise InputError(f'{folder / "tokenizer.json"}: not a tokenizer: {error}') from error
         config = json_object((folder / 'tokenizer_config.json').read_bytes(), folder / 'tokenizer_config.json')
         names = {role: _token_text(config.get(key)) for role, key in _CONFIG_NAMES.items()}

@@ -301,7 +301,7 @@ def test_safetensors(content: bytes, index: bytes) -> None:
     clear(read)
 
 
-@pytest.mark.parametrize('name', ['../one.safetensors', '/etc/passwd', 'a/b', '', '..'])
+@pytest.mark.parametrize('name', ['../one.safetensors', '/etc/passwd', 'a/b', '', '..', 'a' * 300, 'a\0'])
 def test_an_index_names_files_beside_it(name: str) -> None:
     path = placed(f'hub/{INDEX}', json.dumps({'weight_map': {'a': name}}).encode()).parent
     with pytest.raises(InputError, match='files beside it|no such file'):

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -98,7 +99,7 @@ class HubTensors:
             self._open(folder / name)
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike pathlib's it takes any name
             raise InputError(f'{path}: no such file; expected the weights in it')
         size = path.stat().st_size
         with path.open('rb') as file:
