@@ -1,6 +1,7 @@
 """kill -9 in any stage, then the same command again: bit for bit what the run would have been without it."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +89,67 @@ def test_a_killed_stage_ends_as_if_it_had_not_been(
     assert [line['loss'] for line in lines] == [line['loss'] for line in before]
     for kept in (uninterrupted / stage).glob('answers.jsonl'):
         assert (workdir / stage / kept.name).read_bytes() == kept.read_bytes()
+
+
+KILLS = int(os.environ.get('TORSO_KILLS', '4'))
+
+
+def supervised(root: Path, environment: dict[str, str], workdir: Path) -> subprocess.Popen[bytes]:
+    """The graph of tests/kills.py under the supervisor, which is patient."""
+    command = [
+        *(sys.executable, '-m', 'train.supervise', '--failures=1000', '--pause=0', '--', sys.executable, '-m', 'train'),
+        *(f'--config=tests/kills.py:{workdir.parent}', f'--workdir={workdir}'),
+        f'--config.tokenizer.path={workdir.parent / "tokenizer"}',
+    ]
+    with (workdir.parent / f'{workdir.name}.log').open('ab') as log:
+        path = f'{root}{os.pathsep}{root / "tests"}'
+        return subprocess.Popen(command, cwd=root, env={**environment, 'PYTHONPATH': path}, stdout=log, stderr=log)
+
+
+def results(workdir: Path) -> dict[str, Any]:
+    """All that a run leaves behind which no interruption may change."""
+    found: dict[str, Any] = {}
+    for folder in sorted(path.parent for path in workdir.glob('*/finished.json')):
+        facts: dict[str, Any] = {}
+        if (folder / 'checkpoints').exists():
+            metadata = load(folder).metadata
+            facts |= {field: metadata[field] for field in ('arrays', 'step', 'tokens', 'flops', 'stream_sha256')}
+        if (folder / 'metrics.jsonl').exists():
+            lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+            facts['losses'] = [(line['step'], line['loss']) for line in lines]
+        for name in ('evaluations.json', 'report.json', 'records/metadata.json'):
+            if (folder / name).exists():
+                told = json.loads((folder / name).read_text())
+                facts[name] = told.get('fingerprint', told)  # records say from which files they are
+        found[folder.name] = facts
+    return found
+
+
+def test_kills_at_random_moments_change_nothing(
+    tmp_path_factory: pytest.TempPathFactory, root: Path, one_device: dict[str, str]
+) -> None:
+    """TORSO_KILLS of them, in steps, saves, evaluations, samples and in between, over stages of ten kinds."""
+    folder = tmp_path_factory.mktemp('kills')
+    small_tokenizer().save(folder / 'tokenizer')
+    finish(supervised(root, one_device, folder / 'whole'), folder / 'whole')
+    expected = results(folder / 'whole')
+    assert len(expected) == 10 and all(expected.values())
+    generator, kills, lives = random.Random(), 0, 0
+    while kills < KILLS:
+        workdir, lives = folder / f'life{lives}', lives + 1
+        began, process = time.time(), supervised(root, one_device, workdir)
+        while process.poll() is None and kills < KILLS:
+            time.sleep(generator.uniform(2, 45))
+            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            for child in children if process.poll() is None else ():
+                os.kill(int(child), signal.SIGKILL)
+                kills += 1
+        finish(process, workdir)
+        assert results(workdir) == expected
+        seconds = json.loads((workdir / 'goodput.json').read_text())['seconds']
+        # But for the first process's way to the beginning of its run, and the last one's from its end.
+        assert time.time() - began - 30 < sum(seconds.values()) <= time.time() - began
+    print(f'{kills} kills, {lives} runs, seconds of the last: {seconds}')
 
 
 def as_lists(tree: object) -> object:
