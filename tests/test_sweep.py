@@ -13,7 +13,19 @@ from small import get_config, one_device
 
 from data.errors import InputError
 from train.compare import compare
-from train.sweep import Arm, _run, arms, commands, identity, label, last_stages, link, product, table, write_table
+from train.sweep import (
+    Arm,
+    arms,
+    commands,
+    identity,
+    label,
+    last_stages,
+    link,
+    product,
+    run_arm,
+    table,
+    write_table,
+)
 
 
 @pytest.fixture
@@ -83,7 +95,7 @@ def test_what_arms_share_is_trained_once(
     for _ in range(2):  # the second time nothing is left to do
         for arm in made:
             link(tmp_path, arm, names[arm.name])
-            _run(tmp_path, arm, '', commands(tmp_path, [arm], names, [])[-1])
+            run_arm(tmp_path, arm, '', commands(tmp_path, [arm], names, [])[-1])
     one, two = (tmp_path / arm.name for arm in made)
     assert (one / 'pretrain').resolve() == (two / 'pretrain').resolve()
     assert (one / 'midtrain').resolve() != (two / 'midtrain').resolve()

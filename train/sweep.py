@@ -46,6 +46,7 @@ from train.compare import compare
 from train.edges import needed_for, order, stage_model, stages_needed
 from train.graph import Run
 from train.host import prepare, say
+from train.log import last_loss
 from train.report import write_report
 from train.statistics import interval
 
@@ -53,7 +54,6 @@ _SETS = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE,VALUE,...: a field of 
 _PRINT = flags.DEFINE_boolean('print', False, 'Print commands instead of running them.')
 
 SHARED = 'shared'  # in the sweep's folder: stages that more than one arm may need
-LAST = 0.1  # share of a stage's steps whose mean loss is told
 Changes = dict[str, Any]
 
 
@@ -230,12 +230,8 @@ def table(folder: Path, made: Sequence[Arm], stages: Sequence[str]) -> list[Row]
 def _measures(folder: Path) -> dict[str, dict[str, Any]]:
     """Evaluations of a stage, and its loss at the end."""
     found: dict[str, dict[str, Any]] = dict(read_json(folder / 'finished.json')['evaluations'])
-    path = folder / 'metrics.jsonl'
-    losses = [json.loads(line).get('loss') for line in path.read_text().splitlines()] if path.exists() else []
-    losses = [loss for loss in losses if loss is not None]
-    if losses:
-        tail = losses[-max(1, round(LAST * len(losses))) :]
-        found['loss'] = {'value': float(np.mean(tail)), 'direction': 'lower', 'details': {}}
+    if (loss := last_loss(folder)) is not None:
+        found['loss'] = {'value': loss, 'direction': 'lower', 'details': {}}
     return found
 
 
@@ -343,13 +339,13 @@ def main(arguments: list[str]) -> int:
     prepare()
     for number, arm in enumerate(made, 1):
         say(f'arm {number} of {len(made)}: {arm.name}')
-        _run(folder, arm, last, commands(folder, [arm], names, given)[-1])
+        run_arm(folder, arm, last, commands(folder, [arm], names, given)[-1])
     stages = list(dict.fromkeys(n for arm in made for n in last_stages(arm.config, names[arm.name])))
     print(write_table(folder, table(folder, made, stages)), end='')
     return 0
 
 
-def _run(folder: Path, arm: Arm, last: str, command_line: str) -> None:
+def run_arm(folder: Path, arm: Arm, last: str, command_line: str) -> None:
     """Runs an arm. Arms with the same settings of the tokenizer have the same one."""
     workdir, settings = folder / arm.name, as_dict(arm.config['tokenizer'])
     sources = {name: arm.config['sources'].get(name) for name in settings['sources']}
