@@ -174,9 +174,10 @@ def report(points: Sequence[Point], hold: float, predict: tuple[float, float] | 
         low, high = between(laws, p.parameters, p.tokens)
         said, further = law(p.parameters, p.tokens), p.compute / fitted[-1].compute
         inside = 'within' if low <= p.loss <= high else 'outside'
+        off = f'{p.loss / said - 1:+.2%}, {inside}'
         lines.append(
-            f'held out: {p.parameters:,.0f} parameters, {p.tokens:,.0f} tokens, {further:.1f} times the largest compute '
-            f'fitted: predicted {said:.4f} [{low:.4f}, {high:.4f}], was {p.loss:.4f} ({p.loss / said - 1:+.2%}, {inside})'
+            f'held out: {p.parameters:,.0f} parameters, {p.tokens:,.0f} tokens, {further:.1f} times the largest '
+            f'compute fitted: predicted {said:.4f} [{low:.4f}, {high:.4f}], was {p.loss:.4f} ({off})'
         )
     if predict is not None:
         low, high = between(laws, *predict)
