@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from data.errors import InputError, did_you_mean
 from train.command import command
 from train.figures import PALETTE, chart, draw, metric_curves
 from train.goodput import summary
+from train.page import brief, document, duration, rounded, safe, signed, with_unit
 from train.statistics import interval
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
@@ -130,9 +130,9 @@ def _page(
 ) -> str:
     name, colours = workdir.resolve().name, {s['name']: PALETTE[i % len(PALETTE)] for i, s in enumerate(stages)}
     facts = [run.get('created'), run.get('device'), f'{len(stages)} stages', *_totals(stages)]
-    shown = ' · '.join(_text(fact) for fact in facts if fact)
+    shown = ' · '.join(safe(fact) for fact in facts if fact)
     sections = [
-        f'<header><h1>{_text(name)}</h1><p class="soft">{shown}</p></header>',
+        f'<header><h1>{safe(name)}</h1><p class="soft">{shown}</p></header>',
         _section('The life of this model', _cards(stages, colours), 'Each stage starts from the model of its parent.'),
         _section(
             'Held-out results',
@@ -148,21 +148,13 @@ def _page(
         _section('What each stage changed', _changes(stages), 'Config fields that differ from the parent stage.'),
     ]
     if run.get('command'):
-        sections.append(_section('Do it again', f'<pre>{_text(run["command"])}</pre>', ''))
-    style = (Path(__file__).parent / 'report.css').read_text('utf-8')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{_text(name)} · Torso report</title><style>{style}</style></head>\n<body>'
-        + '\n'.join(section for section in sections if section)
-        + '</body></html>\n'
-    )
+        sections.append(_section('Do it again', f'<pre>{safe(run["command"])}</pre>', ''))
+    return document(f'{name} · Torso report', '\n'.join(section for section in sections if section))
 
 
 def _section(title: str, body: str, note: str) -> str:
-    below = f'<p class="soft">{_text(note)}</p>' if note else ''
-    return f'<section><h2>{_text(title)}</h2>{below}{body}</section>' if body else ''
+    below = f'<p class="soft">{safe(note)}</p>' if note else ''
+    return f'<section><h2>{safe(title)}</h2>{below}{body}</section>' if body else ''
 
 
 def _totals(stages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -170,15 +162,19 @@ def _totals(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     parameters = [stage['parameters'] for stage in stages if stage.get('parameters')]
     largest: Mapping[str, Any] = max(parameters, key=lambda p: p.get('total') or 0, default={})
     seconds = sum(stage.get('seconds') or 0 for stage in stages)
-    return [_parameters(largest), f'{_short(sum(stage.get("tokens") or 0 for stage in stages))} tokens', _time(seconds)]
+    return [
+        _parameters(largest),
+        f'{rounded(sum(stage.get("tokens") or 0 for stage in stages))} tokens',
+        duration(seconds),
+    ]
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:
     if not parameters.get('total'):
         return ''
-    text = f'{_short(parameters["total"])} parameters'
+    text = f'{rounded(parameters["total"])} parameters'
     active = parameters.get('active')
-    return f'{text}, {_short(active)} active per token' if active and active != parameters['total'] else text
+    return f'{text}, {rounded(active)} active per token' if active and active != parameters['total'] else text
 
 
 def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
@@ -190,15 +186,15 @@ def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> s
         facts = [
             f'{stage["steps"]:,} steps' if stage.get('steps') else '',
             f'{stage["report"]["records"]:,} records' if stage.get('report') else '',
-            f'{_short(stage["tokens"])} tokens' if stage.get('tokens') else '',
-            f'{_short(stage["flops"])} FLOPs' if stage.get('flops') else '',
-            _time(stage.get('seconds') or 0),
+            f'{rounded(stage["tokens"])} tokens' if stage.get('tokens') else '',
+            f'{rounded(stage["flops"])} FLOPs' if stage.get('flops') else '',
+            duration(stage.get('seconds') or 0),
         ]
         cards.append(
-            f'<div class="card" style="border-top-color:{colours[stage["name"]]}"><h3>{_text(stage["name"])}</h3>'
-            f'<p class="soft">{_text(kind)}{f" from {_text(origin)}" if origin else ""}</p>'
-            f'<p>{_text(stage.get("description") or KINDS.get(kind, ""))}</p>'
-            f'<p class="soft">{" · ".join(_text(fact) for fact in facts if fact)}</p></div>'
+            f'<div class="card" style="border-top-color:{colours[stage["name"]]}"><h3>{safe(stage["name"])}</h3>'
+            f'<p class="soft">{safe(kind)}{f" from {safe(origin)}" if origin else ""}</p>'
+            f'<p>{safe(stage.get("description") or KINDS.get(kind, ""))}</p>'
+            f'<p class="soft">{" · ".join(safe(fact) for fact in facts if fact)}</p></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ''
 
@@ -206,12 +202,12 @@ def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> s
 def _results(stages: Sequence[Mapping[str, Any]]) -> str:
     by_name = {stage['name']: stage.get('evaluations') or {} for stage in stages}
     columns = list(dict.fromkeys(name for evaluations in by_name.values() for name in evaluations))
-    head = ''.join(f'<th>{_text(column)}{_column_note(column, by_name.values())}</th>' for column in columns)
+    head = ''.join(f'<th>{safe(column)}{_column_note(column, by_name.values())}</th>' for column in columns)
     rows = []
     for stage in stages:
         parent = by_name.get(stage.get('parent') or '', {})
         cells = ''.join(_result(by_name[stage['name']].get(column), parent.get(column)) for column in columns)
-        rows.append(f'<tr><th>{_text(stage["name"])}</th>{cells}</tr>')
+        rows.append(f'<tr><th>{safe(stage["name"])}</th>{cells}</tr>')
     if not columns:
         return ''
     return (
@@ -224,7 +220,7 @@ def _column_note(column: str, all_evaluations: Any) -> str:
     direction = {'higher': 'higher is better', 'lower': 'lower is better'}.get(result.get('direction'), '')
     items = f'{result["items"]:,} items' if result.get('items') else ''
     parts = ' · '.join(part for part in (str(result.get('metric') or ''), items, direction) if part)
-    return f'<br><span class="soft">{_text(parts)}</span>'
+    return f'<br><span class="soft">{safe(parts)}</span>'
 
 
 def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) -> str:
@@ -234,21 +230,21 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
     unit = str(result.get('unit') or '')
     short = unit if unit in ('share', '%') else ''  # a longer one is said once
     low, high = result.get('low'), result.get('high')
-    cell = f'<b>{_text(_value(result["value"], unit))}</b>'
+    cell = f'<b>{safe(with_unit(result["value"], unit))}</b>'
     if low is not None and high is not None:
-        cell += f'<br><span class="soft">{_text(_value(low, short))} to {_text(_value(high, short))}</span>'
+        cell += f'<br><span class="soft">{safe(with_unit(low, short))} to {safe(with_unit(high, short))}</span>'
     if parent and parent.get('value') is not None:
         change = result['value'] - parent['value']
         bounds = _paired(result, parent)
         if bounds:
             certain = bounds[0] > 0 or bounds[1] < 0
-            note = f' <span class="soft">({" to ".join(_text(_signed(bound, short)) for bound in bounds)})</span>'
+            note = f' <span class="soft">({" to ".join(safe(signed(bound, short)) for bound in bounds)})</span>'
         else:
             certain, note = _apart(result, parent), ''
         better = (change > 0) == (result.get('direction') != 'lower')
         kind = ('gain' if better else 'loss') if certain else 'soft'
         points = ' points' if unit == 'share' else ''
-        cell += f'<br><span class="{kind}">{_text(_signed(change, short))}{points}</span>{note}'
+        cell += f'<br><span class="{kind}">{safe(signed(change, short))}{points}</span>{note}'
     return f'<td>{cell}</td>'
 
 
@@ -292,11 +288,11 @@ def _samples(stages: Sequence[Mapping[str, Any]], samples: Mapping[str, list[dic
         if not shown:
             continue
         items = ''.join(
-            f'<div class="sample"><pre class="prompt">{_text(line.get("prompt", ""))}</pre>'
-            f'<pre>{_text(line.get("completion", ""))}</pre>{_score(line.get("score"))}</div>'
+            f'<div class="sample"><pre class="prompt">{safe(line.get("prompt", ""))}</pre>'
+            f'<pre>{safe(line.get("completion", ""))}</pre>{_score(line.get("score"))}</div>'
             for line in shown
         )
-        blocks.append(f'<details open><summary>after {_text(stage["name"])}</summary>{items}</details>')
+        blocks.append(f'<details open><summary>after {safe(stage["name"])}</summary>{items}</details>')
     return ''.join(blocks)
 
 
@@ -304,20 +300,20 @@ def _events(events: Mapping[str, list[dict[str, Any]]]) -> str:
     blocks = []
     for stage, lines in events.items():
         rows = ''.join(
-            f'<tr><td>{_text(line.get("step", ""))}</td><td>{_text(line.get("kind", ""))}</td>'
-            f'<td class="soft">{_text(_brief(line.get("detail", "")))}</td></tr>'
+            f'<tr><td>{safe(line.get("step", ""))}</td><td>{safe(line.get("kind", ""))}</td>'
+            f'<td class="soft">{safe(brief(line.get("detail", "")))}</td></tr>'
             for line in lines[:EVENTS_SHOWN]
         )
         more = f'<p class="soft">and {len(lines) - EVENTS_SHOWN:,} more</p>' if len(lines) > EVENTS_SHOWN else ''
         head = '<thead><tr><th>step</th><th>event</th><th></th></tr></thead>'
         table = f'<div class="wide"><table>{head}<tbody>{rows}</tbody></table></div>{more}'
-        blocks += [f'<details><summary>{_text(stage)}: {len(lines):,}</summary>{table}</details>'] if lines else []
+        blocks += [f'<details><summary>{safe(stage)}: {len(lines):,}</summary>{table}</details>'] if lines else []
     return ''.join(blocks)
 
 
 def _goodput(workdir: Path) -> str:
     rows = ''.join(
-        f'<tr><td>{share:.1%}</td><td>{_time(seconds)}</td><td class="soft">{_text(words)}</td></tr>'
+        f'<tr><td>{share:.1%}</td><td>{duration(seconds)}</td><td class="soft">{safe(words)}</td></tr>'
         for words, seconds, share in summary(workdir)
     )
     return rows and f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
@@ -335,62 +331,16 @@ def _changes(stages: Sequence[Mapping[str, Any]]) -> str:
     blocks = []
     for stage in stages:
         rows = ''.join(
-            f'<tr><td>{_text(field)}</td><td class="soft">{_text(_brief(before))}</td>'
-            f'<td>{_text(_brief(after))}</td></tr>'
+            f'<tr><td>{safe(field)}</td><td class="soft">{safe(brief(before))}</td><td>{safe(brief(after))}</td></tr>'
             for field, before, after in stage.get('changed') or []
         )
         if rows:
             blocks.append(
-                f'<details><summary>{_text(stage["name"])}</summary><div class="wide"><table><thead><tr><th>field</th>'
-                f'<th>{_text(stage.get("parent") or "before")}</th><th>{_text(stage["name"])}</th></tr></thead>'
+                f'<details><summary>{safe(stage["name"])}</summary><div class="wide"><table><thead><tr><th>field</th>'
+                f'<th>{safe(stage.get("parent") or "before")}</th><th>{safe(stage["name"])}</th></tr></thead>'
                 f'<tbody>{rows}</tbody></table></div></details>'
             )
     return ''.join(blocks)
-
-
-# Words and numbers.
-
-
-def _text(value: Any) -> str:
-    """HTML of any text; control characters, which a young model likes to write, become their visible pictures."""
-    pictures = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in '\n\t'}
-    return escape(str(value).translate(pictures))
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 240 else text[:239] + '…'
-
-
-def _value(value: float, unit: str) -> str:
-    if unit == 'share':
-        return f'{100 * value:.1f}%'
-    return f'{value:.4g}{unit}' if unit == '%' else f'{value:.4g} {unit}'.strip()
-
-
-def _signed(change: float, unit: str) -> str:
-    size = f'{100 * abs(change):.1f}' if unit == 'share' else _value(abs(change), unit)
-    return ('+' if change >= 0 else '−') + size
-
-
-def _short(number: float) -> str:
-    """3 significant digits: 12.3M; beyond the names of units, 1.23e15."""
-    for size, suffix in ((1e15, ''), (1e12, 'T'), (1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
-        if number >= size:
-            return f'{number / size:.3g}{suffix}' if suffix else f'{number:.3g}'
-    return f'{number:.3g}'
-
-
-def _time(seconds: float) -> str:
-    if seconds <= 0:
-        return ''
-    return (
-        f'{seconds:.0f} s'
-        if seconds < 100
-        else f'{seconds / 60:.1f} min'
-        if seconds < 6000
-        else f'{seconds / 3600:.1f} h'
-    )
 
 
 def write_figure(workdir: Path, metric: str, path: Path, stages: Sequence[str] = ()) -> None:
