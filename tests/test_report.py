@@ -13,6 +13,7 @@ import pytest
 
 from data.errors import InputError
 from train.report import _read_metrics, main, write_report
+from train.statistics import interval
 
 NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
 VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}
@@ -150,6 +151,42 @@ def test_changes_on_the_same_items_are_judged_in_pairs(workdir: Path) -> None:
     (workdir / 'lineage.json').write_text(json.dumps(lineage))
     page = write_report(workdir).read_text()
     assert '<span class="gain">+5.0 points</span> <span class="soft">(+2.0 to +8.0)</span>' in page
+
+
+def test_gains_are_stated_by_the_compute_they_took(workdir: Path) -> None:
+    """The child took 4e12 FLOPs; the unit is a power of ten, and less is better where that is the direction."""
+    lineage = json.loads((workdir / 'lineage.json').read_text())
+    before, after = lineage['stages'][:2]
+    after['flops'] = 4e12
+    scores = [0.0, 1.0] * 100
+    better = [1.0 if i % 20 == 0 else x for i, x in enumerate(scores)]
+    for item, value, own, loss in ((before, 0.5, scores, 3.0), (after, 0.55, better, 2.0)):
+        task = evaluation(value, None, None) | {'details': {'scores': own}}
+        item['evaluations'] = {'task': task, 'bits': evaluation(loss, None, None, 'lower')}
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    page = write_report(workdir).read_text()
+    assert 'gain per 1e+12 FLOPs' in page and '<th>sft</th><td>4T</td>' in page
+    low, high = (bound / 4 for bound in interval(np.subtract(better, scores)))
+    assert f'<span class="gain">+0.0125</span><br><span class="soft">{low:+.3g} to {high:+.3g}</span>' in page
+    assert '<td><span class="soft">+0.25</span></td>' in page  # 1 nat less in 4e12 FLOPs, without an interval
+    assert '<th>pretrain</th><td>1T</td>' not in page  # it has no parent to be compared with
+
+
+@pytest.mark.filterwarnings('error::UserWarning')  # matplotlib's, where a legend leaves a figure no room
+def test_fifty_stages_stay_light(tmp_path: Path) -> None:
+    stages = []
+    for number in range(50):
+        name = f'stage_{number}'
+        results = {'task': evaluation(0.5, 0.4, 0.6), 'loss': evaluation(1.5, 1.4, 1.6, 'lower')}
+        stages.append(stage(name, f'stage_{number - 1}' if number else '', evaluations=results))
+        (tmp_path / name).mkdir()
+        lines = [
+            {'step': i, 'tokens': 1e4 * number + i, 'loss': 5 / i, 'experts/max_violation': 0.3} for i in range(1, 1001)
+        ]
+        (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    (tmp_path / 'lineage.json').write_text(json.dumps({'stages': stages}))
+    page = write_report(tmp_path).read_text()
+    assert len(page) < 1e6 and page.count('<svg') == 2 and page.count('<th>stage_49</th>') == 2
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 PALETTE = ('#3b82f6', '#f59e0b', '#10b981', '#ef4444', '#8b5cf6', '#0ea5b7', '#db2777', '#8a6d1d')
 INK = '#123456'  # a colour nothing else has: it becomes currentColor
 MOST_POINTS = 300
+MOST_LABELS = 16  # a longer legend would leave no room for the curves
 CHART_COLOURS = {'blue': '#3b82f6', 'orange': '#f59e0b', 'green': '#10b981', 'red': '#ef4444', 'violet': '#8b5cf6'}
 CHART_PARTS = 12
 
@@ -82,7 +83,8 @@ def draw(curves: Sequence[Curve], y_label: str, name: str) -> str:
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
         axes.grid(alpha=0.15)
         axes.spines[['top', 'right']].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        if len(curves) <= MOST_LABELS:
+            axes.legend(frameon=False, fontsize=9)
         out = io.StringIO()
         figure.savefig(
             out,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -141,6 +142,12 @@ def _page(
             'the change from the parent stage, with an interval of its own where both answered the same items; in '
             'colour where that leaves out 0, or, without one, where the two intervals do not overlap.',
         ),
+        _section(
+            'What a FLOP bought',
+            _returns(stages),
+            'Marginal return: how much better a stage made a result than its parent, by the FLOPs of that stage alone, '
+            'with its 95% interval where both answered the same items; in colour where that leaves out 0.',
+        ),
         *_figures(metrics, colours),
         _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
         _section('Where the time went', _goodput(workdir), 'Goodput: the share of steps that counted in all time.'),
@@ -213,6 +220,44 @@ def _results(stages: Sequence[Mapping[str, Any]]) -> str:
     return (
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _returns(stages: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each stage that trained and was evaluated as its parent was: gains by FLOPs, in one unit for all."""
+    by_name = {stage['name']: stage.get('evaluations') or {} for stage in stages}
+    rows: list[tuple[Mapping[str, Any], dict[str, tuple[float, ...]]]] = []
+    for stage in stages:
+        parent = by_name.get(str(stage.get('parent') or '').partition('@')[0], {})
+        gains = {}
+        for name, result in by_name[stage['name']].items():
+            before = parent.get(name)
+            if stage.get('flops') and before and None not in (result.get('value'), before.get('value')):
+                sign = -1 if result.get('direction') == 'lower' else 1
+                bounds = sorted(sign * bound for bound in _paired(result, before) or ())
+                gains[name] = (sign * (result['value'] - before['value']), *bounds)
+        rows += [(stage, gains)] if gains else []
+    if not rows:
+        return ''
+    unit = 10.0 ** math.floor(math.log10(max(stage['flops'] for stage, _ in rows)))
+    columns = list(dict.fromkeys(name for _, gains in rows for name in gains))
+    body = ''
+    for stage, gains in rows:
+        cells = ''.join(_return(gains.get(column, ()), unit / stage['flops']) for column in columns)
+        body += f'<tr><th>{safe(stage["name"])}</th><td>{rounded(stage["flops"])}</td>{cells}</tr>'
+    head = ''.join(f'<th>{safe(c)}<br><span class="soft">gain per {unit:.0e} FLOPs</span></th>' for c in columns)
+    head = f'<thead><tr><th></th><th>FLOPs</th>{head}</tr></thead>'
+    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _return(gain: Sequence[float], scale: float) -> str:
+    """A cell: the gain, and its bounds where they are known, by compute."""
+    if not gain:
+        return '<td class="soft">–</td>'
+    value, *bounds = (x * scale for x in gain)
+    certain = bool(bounds) and (bounds[0] > 0 or bounds[1] < 0)
+    kind = ('gain' if value > 0 else 'loss') if certain else 'soft'
+    note = f'<br><span class="soft">{bounds[0]:+.3g} to {bounds[1]:+.3g}</span>' if bounds else ''
+    return f'<td><span class="{kind}">{value:+.3g}</span>{note}</td>'
 
 
 def _column_note(column: str, all_evaluations: Any) -> str:
