@@ -57,6 +57,22 @@ def test_the_product_of_fields(config: dict[str, Any]) -> None:
     assert made[2].config['model']['attention'] == 'gqa' and config['model']['attention'] == 'mla'
 
 
+def test_stages_are_not_shared_where_others_of_their_run_matter(config: dict[str, Any]) -> None:
+    """A checkpoint that one arm wants kept, and an evaluation that looks at another stage."""
+    child = {**config['stages']['midtrain'], 'parent': 'midtrain'}
+    config['stages'] |= {'child': child, 'rival': {**config['stages']['pretrain'], 'seed': 5}}
+
+    def of(name: str, *sets: str) -> str:
+        return identity(arms(config, product(config, sets))[0].config, name)
+
+    assert of('midtrain', 'stages.child.parent=midtrain@1') != of('midtrain', 'stages.child.parent=midtrain')
+    assert of('child', 'stages.rival.steps=1') == of('child', 'stages.rival.steps=2')
+    config['evaluations']['moved'] = {'type': 'kl', 'task': {'name': 'arithmetic'}, 'reference': 'rival'}
+    child['evaluations'] = ('moved',)
+    assert of('child', 'stages.rival.steps=1') != of('child', 'stages.rival.steps=2')
+    assert of('midtrain', 'stages.rival.steps=1') == of('midtrain', 'stages.rival.steps=2')
+
+
 @pytest.mark.parametrize(
     ('sets', 'message'),
     [

@@ -43,7 +43,7 @@ from train.__main__ import parse
 from train.checkpoint import read_json
 from train.command import command
 from train.compare import compare
-from train.edges import needed_for, order, stage_model, stages_needed
+from train.edges import needed_for, order, stage_model, stages_needed, steps_pinned
 from train.graph import Run
 from train.host import prepare, say
 from train.log import last_loss
@@ -181,8 +181,12 @@ def identity(config: Mapping[str, Any], name: str) -> str:
         'evaluations': evaluations,
         'tokenizer': tokenizer,
         'mesh': config['mesh'],
+        'pinned': steps_pinned(config, name),  # checkpoints that later stages of this arm want kept
         'needed': {needed: identity(config, needed) for needed in stages_needed(stage, config['sources'])},
     }
+    # These look at other stages of the run, whichever they are.
+    if any(as_dict(spec).get('type') in ('elo', 'kl') for spec in evaluations.values()):
+        told['run'] = {field: config[field] for field in ('model', 'stages', 'sources')}
     return _digest(told)
 
 
