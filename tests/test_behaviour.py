@@ -130,5 +130,6 @@ def test_the_command(
     assert [next(iter(line)) for line in said] == ['shift', 'diversity', 'coverage', 'drift'] and html.exists()
     assert main(['a', 'b', '--answers=sum']) == 1
     assert "did you mean 'sums'" in capsys.readouterr().err
-    with pytest.raises(InputError, match='expected one of type task'):
-        behaviour(base, base, {**TASK, 'type': 'text'})
+    for other in ({'type': 'text'}, {'format': 'completion'}):
+        with pytest.raises(InputError, match='expected one of type task and format chat'):
+            behaviour(base, base, {**TASK, **other})

@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.checkpoint import Loaded
 from train.episodes import chat_prompt
-from train.sampler import prompt_width, row_keys, sample_tokens
+from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 from train.statistics import pass_at_k
 
 ROWS = 8  # answers that are read at a time
@@ -51,26 +51,25 @@ def behaviour(base: Loaded, tuned: Loaded, evaluation: Mapping[str, Any], sample
     """
     if base.tokenizer.fingerprint != tuned.tokenizer.fingerprint:
         raise InputError('the two models have different tokenizers: their tokens cannot be compared')
-    if evaluation['type'] != 'task':
-        raise InputError(f'the evaluation has type {evaluation["type"]!r}: expected one of type task')
+    if evaluation['type'] != 'task' or evaluation.get('format', 'chat') != 'chat':
+        raise InputError('the evaluation is no chat of a task: expected one of type task and format chat')
     options = {'split': 'heldout', **as_dict(evaluation['task'])}
     task = get_task(options.pop('name'), **options)
     problems, longest = different(task, evaluation.get('items', 128)), evaluation.get('max_tokens', 96)
     prompts = [chat_prompt(problem, tuned.tokenizer) for problem in problems]
 
-    def answers(model: Loaded, count: int, temperature: float) -> list[list[list[int]]]:
+    def answers(model: Loaded, count: int, temperature: float) -> list[list[Completion]]:
         settings = {'samples': count, 'temperature': temperature, 'max_tokens': longest}
         keys = row_keys(0, range(len(prompts)), count)
-        said = sample_tokens(model.model, model.variables, model.tokenizer, prompts, keys=keys, **settings)
-        return [[completion.tokens for completion in group] for group in said]
+        return sample_tokens(model.model, model.variables, model.tokenizer, prompts, keys=keys, **settings)
 
-    greedy = [group[0] for group in answers(tuned, 1, 0.0)]
-    reads = read(base, tuned, prompts, greedy)
-    drawn = {'base': answers(base, samples, 1.0), 'tuned': answers(tuned, samples, 1.0)}
-    right = {name: _right(task, problems, groups, tuned.tokenizer) for name, groups in drawn.items()}
+    reads = read(base, tuned, prompts, [said.tokens for (said,) in answers(tuned, 1, 0.0)])
+    drawn = {name: answers(model, samples, 1.0) for name, model in (('base', base), ('tuned', tuned))}
+    right = {name: _right(task, problems, groups) for name, groups in drawn.items()}
+    written = {name: [[said.tokens for said in group] for group in groups] for name, groups in drawn.items()}
     return {
         'shift': shift(reads, tuned.tokenizer),
-        'diversity': {name: diversity(groups, tuned.model.config.vocab_size) for name, groups in drawn.items()},
+        'diversity': {name: diversity(groups, tuned.model.config.vocab_size) for name, groups in written.items()},
         'coverage': coverage(right['base'], right['tuned']),
         'drift': drift(base.variables['params'], tuned.variables['params']),
         'answers': [(problem.text, one) for problem, one in zip(problems, reads, strict=True)],
@@ -160,13 +159,11 @@ def _distinct(answers: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / max(len(grams), 1)
 
 
-def _right(
-    task: Task, problems: Sequence[Prompt], groups: Sequence[Sequence[list[int]]], tokenizer: Tokenizer
-) -> np.ndarray:
-    """Which answers are right, bool [problems, samples]."""
+def _right(task: Task, problems: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> np.ndarray:
+    """Which answers are right, and ended by themselves: bool [problems, samples]."""
     return np.array(
         [
-            [task.verify(problem, tokenizer.decode(answer)).score >= 1.0 for answer in group]
+            [said.stopped and task.verify(problem, said.text).score >= 1.0 for said in group]
             for problem, group in zip(problems, groups, strict=True)
         ]
     )
