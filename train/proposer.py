@@ -46,13 +46,13 @@ class ProposerStream(RolloutStream):
     Each role has its own baseline: the proposals are one group, the answers to a problem another.
     """
 
-    def __init__(self, *given: Any):
+    def __init__(self, *given: Any, **named: Any):
         """Arguments as of `RolloutStream`.
 
         Raises:
             InputError: levels or refills; a task that takes no proposals; and as `RolloutStream`.
         """
-        super().__init__(*given)
+        super().__init__(*given, **named)
         for field in ('levels', 'refills'):
             if self._config[field]:
                 raise InputError(f'{field} is {self._config[field]!r}: expected none, as the proposer decides')

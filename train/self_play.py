@@ -34,14 +34,14 @@ class SelfPlayStream(RolloutStream):
     from there, bit for bit. Retention has to leave it there, one state more for a broken last one: pool < keep.
     """
 
-    def __init__(self, *given: Any):
+    def __init__(self, *given: Any, **named: Any):
         """Arguments as of `RolloutStream`.
 
         Raises:
             InputError: a task that is no game; a pool that retention does not keep; opponents that are nowhere; and as
                 `RolloutStream`.
         """
-        super().__init__(*given)
+        super().__init__(*given, **named)
         c = self._config
         for task in self._levels.tasks:
             if not isinstance(task, Game):
