@@ -16,6 +16,7 @@ from data.constitution import CRITIQUE_TEMPLATE, REVISION_TEMPLATE
 from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
+from data.noise import Noisy
 from data.tasks import Comparable, Criticizable, Prompt, Proposable, get_task
 from data.words import WORDS
 
@@ -140,6 +141,7 @@ def open_source(spec: Any) -> Source:
       stdlib_instructions           split
       task                          name, split, format (text, completion, chat or proposal), and the task's own options
       repeats                       words, strings
+      noisy                         source (another such mapping), kind (shuffled, random or repeated), share
       jsonl, arrayrecord, parquet   path (a file or a glob), field, broken (how many records that cannot be read a run
                                     passes over; 0: none)
       text                          path (a file, a folder or a glob): one document a file
@@ -180,6 +182,7 @@ _TYPES: dict[str, Callable[..., Source]] = {
     'stdlib_instructions': lambda split='train': corpus.instructions(split),
     'task': TaskSource,
     'repeats': Repeats,
+    'noisy': lambda source, kind='shuffled', share=1.0: Noisy(open_source(source), kind, share),
     'jsonl': JsonLinesSource,
     'arrayrecord': ArrayRecordSource,
     'parquet': ParquetSource,

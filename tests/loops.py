@@ -53,16 +53,16 @@ class Counting:
 
 
 @functools.cache
-def parts(devices: int) -> tuple[Model, Any, Any]:
+def parts(devices: int, axis: str = 'data') -> tuple[Model, Any, Any]:
     """The model, its optimizer, and the mesh."""
     model = Model(model_config(n_routed_experts=0, num_hidden_layers=1))
     optimizer = make_optimizer({**COMMON['optimizer'], 'name': 'adamw'}, model.declared['params'])
-    return model, optimizer, one_device() if devices == 1 else make_mesh({'data': devices})
+    return model, optimizer, one_device() if devices == 1 else make_mesh({axis: devices})
 
 
-def plan(folder: Path, devices: int = 1, stream: Any = None, **changes: Any) -> tuple[Plan, State]:
+def plan(folder: Path, devices: int = 1, stream: Any = None, axis: str = 'data', **changes: Any) -> tuple[Plan, State]:
     """A stage in `folder`, and a new state for it."""
-    model, optimizer, mesh = parts(devices)
+    model, optimizer, mesh = parts(devices, axis)
     folder.mkdir(parents=True, exist_ok=True)
     rows = 2 * devices
     settings: dict[str, Any] = {
@@ -81,6 +81,7 @@ def plan(folder: Path, devices: int = 1, stream: Any = None, **changes: Any) -> 
         'guard': COMMON['guard'],
         'step_deadline': 0.0,
         'compare_every': 3,
+        'replay_every': 0,
         'layout': Layout(mesh, rows, LENGTH, 1),
         'tokens': 0,
         'flops': 0.0,

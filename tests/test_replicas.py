@@ -1,7 +1,8 @@
-"""A bit flipped in the memory of one device: found, named, and the run ends as if it had not been."""
+"""A bit flipped in the memory or the arithmetic of one device: found, named, and the run ends as if it had not been."""
 
 import ctypes
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from loops import Counting, kinds, lines, plan, saved
 
 from data.errors import InputError
 from model.sharding import make_mesh
+from train import loop
 from train.health import Rewind
 from train.loop import train
-from train.replicas import agreement
+from train.replicas import Prints, Step, agreement, twice
+from train.step import State
 
 
 def flip(array: jax.Array, device: int, place: int = 1, bit: int = 3) -> None:
@@ -85,7 +88,7 @@ def placed(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 def test_the_device_is_named_where_most_others_agree(leaf: str, device: int, tmp_path: Path) -> None:
     mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, jax.devices())
     state = placed(mesh)
-    compare = agreement(state, mesh, tmp_path)
+    compare = agreement(Prints(state, mesh, tmp_path), mesh)
     for step in range(3):
         compare(step, state)
     flip(state['params'][leaf], device)
@@ -99,6 +102,49 @@ def test_nothing_is_compared_where_there_are_no_copies(tmp_path: Path) -> None:
     values = np.arange(16, dtype=np.float32)
     leaf = jax.device_put(values, NamedSharding(mesh, PartitionSpec('fsdp')))
     state: dict[str, Any] = {'params': {'a': leaf}, 'balance': {}, 'optimizer': {}}
-    compare = agreement(state, mesh, tmp_path)
+    compare = agreement(Prints(state, mesh, tmp_path), mesh)
     flip(leaf, 3, place=0)
     compare(1, state)
+
+
+@pytest.mark.parametrize(('axis', 'again'), [('fsdp', 0), pytest.param('fsdp', 1, marks=pytest.mark.slow)])
+def test_a_step_that_went_wrong_once_is_found_by_taking_it_twice(
+    axis: str, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has a copy under fsdp alone; the bit is flipped in the first or in the second time step 6 is taken."""
+    train(*plan(tmp_path / 'clean', devices=8, axis=axis, steps=9, save_every=4))
+    calls: list[int] = []
+
+    def faulty(one_step: Step) -> Step:
+        def step(state: State, batch: Any, rate: Any) -> Any:
+            state, metrics = one_step(state, batch, rate)
+            calls.append(int(state['step']))
+            if len(calls) == 3 + again:  # steps 3 and 6 are taken twice
+                jax.block_until_ready(state)
+                split = [x for x in jax.tree.leaves(state['params']) if axis in str(x.sharding.spec)]
+                flip(split[0], 5)
+            return state, metrics
+
+        return step
+
+    monkeypatch.setattr(loop, 'twice', lambda one_step, prints: twice(faulty(one_step), prints))
+    folder = tmp_path / 'stage'
+    train(*plan(folder, devices=8, axis=axis, steps=9, save_every=4, replay_every=3))
+    assert calls == [3, 3, 6, 6, 6, 6, 9, 9]
+    (event,) = lines(folder, 'events.jsonl')
+    assert event['kind'] == 'went back' and 'differ after step 6 on device 5;' in event['detail']
+    assert (folder / 'replay.6.json').exists()
+    assert saved(folder, 9) == saved(tmp_path / 'clean', 9)
+    losses, expected = ([x['loss'] for x in lines(f, 'metrics.jsonl')] for f in (folder, tmp_path / 'clean'))
+    assert losses == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('axis', ['data', 'fsdp'])
+def test_no_false_alarm_in_clean_steps(axis: str, tmp_path: Path) -> None:
+    """TORSO_CLEAN_STEPS says how many; copies are compared and steps taken twice as often as can be."""
+    steps = int(os.environ.get('TORSO_CLEAN_STEPS', '50'))
+    folder = tmp_path / 'stage'
+    changes = {'save_every': steps, 'compare_every': 1, 'replay_every': 2}
+    train(*plan(folder, devices=8, axis=axis, steps=steps, **changes))
+    assert kinds(folder) == [] and len(lines(folder, 'metrics.jsonl')) == steps

@@ -300,3 +300,38 @@ class TestEncodeRecord:
     def test_bad_records(self, record, message):
         with pytest.raises(InputError, match=message):
             encode_record(record, small_tokenizer())
+
+
+class TestNoisy:
+    TEXT = {'type': 'stdlib', 'split': 'heldout', 'piece': 800}
+
+    @pytest.mark.parametrize('kind', ['shuffled', 'random', 'repeated'])
+    @pytest.mark.parametrize('share', [0.0, 0.25, 1.0])
+    def test_so_large_a_share_of_words_is_spoilt(self, kind, share):
+        clean, noisy = (open_source(spec) for spec in (self.TEXT, self.spec(kind, share)))
+        words = changed = 0
+        for index in range(20):
+            old, new = clean[index], noisy[index]
+            assert {**old, 'text': ''} == {**new, 'text': ''} and noisy[index] == new
+            before, after = old['text'].split(), new['text'].split()
+            assert len(before) == len(after)
+            words, changed = words + len(before), changed + sum(a != b for a, b in zip(before, after, strict=True))
+            if kind == 'shuffled':
+                assert sorted(before) == sorted(after)
+            elif kind == 'random':
+                assert len(old['text']) == len(new['text'])
+            elif share == 1:
+                assert len(set(after)) == 1
+        # Words may be put in the place of equal ones, above all where all of them are shuffled.
+        assert 0.8 * share * words <= changed <= share * words + 20
+        assert len(noisy) == len(clean)
+
+    def test_bad_options_are_named(self):
+        for kind, share, message in (('shufled', 1.0, 'did you mean'), ('random', 1.5, 'share 1.5: expected 0 to 1')):
+            with pytest.raises(InputError, match=message):
+                open_source(self.spec(kind, share))
+        with pytest.raises(InputError, match='expected records with a text'):
+            open_source({'type': 'noisy', 'source': {'type': 'task', 'name': 'arithmetic', 'format': 'chat'}})
+
+    def spec(self, kind, share):
+        return {'type': 'noisy', 'source': self.TEXT, 'kind': kind, 'share': share}

@@ -15,7 +15,10 @@ from train.stages import get_kind
 Config = Mapping[str, Any]
 
 # Fields that no result depends on.
-BESIDE = ('stage.evaluations', 'stage.save_every', 'stage.keep', 'stage.step_deadline', 'stage.compare_every')
+BESIDE = tuple(
+    f'stage.{field}'
+    for field in ('evaluations', 'save_every', 'keep', 'step_deadline', 'compare_every', 'replay_every')
+)
 
 
 def parents(stage: Mapping[str, Any]) -> list[str]:

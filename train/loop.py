@@ -26,11 +26,11 @@ from train.log import Log, set_aside
 from train.objectives import Objective
 from train.peers import deadline, lost
 from train.preemption import Preempted, notice
-from train.replicas import agreement
+from train.replicas import Prints, agreement, twice
 from train.step import Layout, State, make_step
 
 # Of a stage's config, what is in its Plan as it is.
-FIELDS = ('trainable', 'steps', 'save_every', 'keep', 'guard', 'step_deadline', 'compare_every')
+FIELDS = ('trainable', 'steps', 'save_every', 'keep', 'guard', 'step_deadline', 'compare_every', 'replay_every')
 SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
 
@@ -47,7 +47,8 @@ class Plan:
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
         guard: against spikes (see `train.health`).
         step_deadline: seconds that no step but the first takes (see `train.peers`).
-        compare_every: steps between comparisons of copies of the state (see `train.replicas`).
+        compare_every, replay_every: steps between comparisons of copies of the state, and between those that are taken
+            twice and compared (see `train.replicas`).
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -69,6 +70,7 @@ class Plan:
     guard: Mapping[str, Any]
     step_deadline: float
     compare_every: int
+    replay_every: int
     layout: Layout
     tokens: int
     flops: float
@@ -135,7 +137,9 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     left_out = set(read_json(plan.folder / SKIPPED)) if (plan.folder / SKIPPED).exists() else set()
     watch = Watch(plan.guard, tell)
-    compare = agreement(state, plan.layout.mesh, plan.folder) if plan.compare_every else lambda step, state: None
+    prints = Prints(state, plan.layout.mesh, plan.folder)
+    compare = agreement(prints, plan.layout.mesh) if plan.compare_every else lambda step, state: None
+    step_twice = twice(step_function, prints) if 0 < plan.replay_every <= plan.steps else None
     stream_works = bool(getattr(plan.stream, 'work', ''))
     cpu_before = 0.0
     with contextlib.ExitStack() as stack:
@@ -196,7 +200,10 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
             spent.stream_seconds += made - asked
             spent.place_seconds += time.perf_counter() - made
             rate = np.float32(np.nan) if step + 1 in left_out else rates[step]
-            state, metrics = step_function(state, placed, rate)
+            if step_twice and (step + 1) % plan.replay_every == 0:
+                state, metrics = step_twice(step + 1, state, placed, rate)
+            else:
+                state, metrics = step_function(state, placed, rate)
             if step == first:
                 jax.block_until_ready(state)
                 spent.warm, cpu_before = time.perf_counter(), cpu_seconds()

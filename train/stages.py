@@ -74,6 +74,8 @@ COMMON: dict[str, Any] = {
     'step_deadline': 0.0,
     # Steps between comparisons of the state's copies on several devices, as before every save. 0: none at all.
     'compare_every': 100,
+    # Steps between those that are taken twice, from the same state, for the results to be compared. 0: none.
+    'replay_every': 1000,
     'keep_optimizer': False,  # take over the parent's optimizer state
     'evaluations': (),
     'optimizer': {
