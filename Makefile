@@ -1,17 +1,20 @@
 # Everything runs from a virtual environment in .venv, which the first command below sets up.
 #   PYTHON=python3.12   another interpreter (3.11 or newer)     WORKDIR=DIR   where `make demo` writes
 #   ARGS="-k tokenizer" further arguments for the tests         VENV=DIR      another place for the environment
+#   JOBS=4              how many tests at once
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 CONFIG ?= configs/demo.py
 ARGS ?=
+JOBS ?= 2
 
 run := $(VENV)/.installed-run
 tests := $(VENV)/.installed-test
 python := $(VENV)/bin/python
-pytest := JAX_PLATFORMS=cpu $(python) -m pytest
+# Two processes, a file of tests in one of them, as tests of a file share compiled programs.
+pytest := JAX_PLATFORMS=cpu $(python) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
 .PHONY: help demo test test-slow test-newest lint clean cut-off
 
