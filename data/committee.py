@@ -236,8 +236,11 @@ def filtered(
     rule: Rule,
     n: int = 1,
     seed: int = 0,
+    item: Callable[[int, str], Item] | None = None,
 ) -> tuple[list[Record], Tally]:
     """n answers to each prompt from each generator, the accepted ones as chats, and what `report` tells of.
+
+    `item` makes of the number of a prompt and an answer what is judged and kept, where that is not these two.
 
     Records have `provenance`: number of the prompt, generator, sample, seed, all votes and the committee's score. The
     same seed and members that keep their word give the same records. Nobody judges unfinished answers.
@@ -250,20 +253,20 @@ def filtered(
             answers = generator(prompts, n, fold(seed, 'generator', name))
         for i, k in itertools.product(range(len(prompts)), range(n)):
             if answers[i][k]:
-                items.append(Item(prompts[i], answers[i][k]))
+                items.append(item(i, answers[i][k]) if item else Item(prompts[i], answers[i][k]))
                 origins.append({'prompt': i, 'generator': name, 'sample': k, 'seed': seed})
     votes: dict[str, list[Vote]] = {}
     for name, judge in judges.items():
         with metered(cost, {f'judge {name}': judge}):
             votes[name] = judge(items, fold(seed, 'judge', name))
     records, ballots = [], []
-    for item, origin, *given in zip(items, origins, *votes.values(), strict=True):
+    for shown, origin, *given in zip(items, origins, *votes.values(), strict=True):
         ballot = dict(zip(votes, given, strict=True))
         verdict = rule(ballot)
         ballots.append(Ballot(origin['generator'], verdict, ballot))
         if verdict.accept:
             cast = {name: list(vote) for name, vote in ballot.items()}
-            messages = [*item.prompt, {'role': 'assistant', 'content': item.answer}]
+            messages = [*shown.prompt, {'role': 'assistant', 'content': shown.answer}]
             records.append({'messages': messages, 'provenance': {**origin, 'votes': cast, 'score': verdict.score}})
     return records, Tally(dict.fromkeys(generators, len(prompts) * n), ballots, cost)
 

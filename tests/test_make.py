@@ -164,6 +164,54 @@ def test_attempts_keep_what_the_committee_accepts(server: Server, tmp_path: Path
     assert len(server.asked) == asked
 
 
+@pytest.mark.parametrize('into', ['text', 'question', 'prompt'])
+def test_texts_are_rewritten_and_curated(into: str, server: Server, tmp_path: Path, tokenizer_path: str) -> None:
+    """The model turns texts round; of the results a judge takes those that begin with an even number."""
+
+    def script(handler: Any, prompt: str, number: int) -> bool:
+        if 'Verdict' in prompt:
+            shown = prompt[prompt.index('<answer>') + len('<answer>') :]
+            assert ('<answer>text' in prompt) == (into == 'question')
+            digit = shown.partition('</answer>')[0].replace('text', '').replace('txet', '')
+            reply = f'Verdict: {"REJECT" if int(digit) % 2 else "ACCEPT"}'
+        else:
+            assert prompt.startswith('About:')
+            reply = prompt.removeprefix('About: ')[::-1]
+        return handler.reply(200, completion(reply))
+
+    server.script = script
+    texts = tmp_path / 'texts.jsonl'
+    texts.write_text(''.join(json.dumps({'text': f'text {i}'}) + '\n' for i in range(6)))
+
+    def settings(config: ConfigDict) -> None:
+        config.sources.texts = ConfigDict({'type': 'jsonl', 'path': str(texts)})
+        judges = {'kind': {'type': 'prompt', 'model': 'critic'}}
+        fields = {'task': {'name': ''}, 'source': 'texts', 'prompts': 6, 'samples': 1, 'judges': judges}
+        add_answers(config, server.url, 'rewrite', others=('critic',), template='About: {text}', into=into, **fields)
+
+    run = Run(configured(settings, tokenizer_path), tmp_path / 'run')
+    run('made')
+    made = [
+        {name: x for name, x in record.items() if name != 'provenance'} for record in records(tmp_path / 'run/made')
+    ]
+    user = lambda text: {'role': 'user', 'content': text}  # noqa: E731
+    expected: dict[str, Callable[[int], dict[str, Any]]] = {
+        'text': lambda i: {'text': f'{i} txet'},
+        'question': lambda i: {'messages': [user(f'{i} txet'), {'role': 'assistant', 'content': f'text {i}'}]},
+        'prompt': lambda i: {'messages': [user(f'{i} txet')]},
+    }
+    key = functools.partial(json.dumps, sort_keys=True)
+    assert sorted(map(key, made)) == sorted(key(expected[into](i)) for i in (0, 2, 4))
+    for field, value, message in (
+        ('template', 'reprase', "template is 'reprase': expected one of rephrase, questions, "),
+        ('into', 'questoin', "into is 'questoin'; did you mean 'question'"),
+    ):
+        config = configured(settings, tokenizer_path)
+        config['stages']['made'] |= {field: value}
+        with pytest.raises(InputError, match=message):
+            Run(config, tmp_path / 'other')('made')
+
+
 def test_the_truth_has_no_vote(server: Server, tmp_path: Path, tokenizer_path: str) -> None:
     server.script = half_right
     judges = {'right': {'type': 'verifier'}, 'kind': {'type': 'prompt', 'model': 'critic'}}

@@ -14,6 +14,7 @@ from data.files import Record
 from data.mixture import as_dict
 from data.preferences import conversation
 from data.prepare import prepare
+from data.rewriting import text_of
 from data.rows import Order
 from data.sources import ENDLESS, Awaited, Source
 from data.tasks import get_task
@@ -30,7 +31,7 @@ MAKE: dict[str, Any] = {  # fields of every kind that makes records
     'endpoints': {},  # further members by name: arguments of `data.endpoint.Endpoint`
     'seed': -1,  # -1: the run's
     'task': {'name': ''},  # prompts are problems of its train split; or, where it has no name,
-    'source': '',  # of each record of this source the conversation before the last answer
+    'source': '',  # of each record of this source the conversation before the last answer, or what is rewritten of it
     'prompts': 64,
     'block': 16,  # prompts that are worked on, and lost by a kill, together
     'temperature': 1.0,
@@ -94,7 +95,11 @@ class Maker:
         assert self._order is not None
         prompts: list[Messages] = []
         for number in numbers:
-            messages = conversation(self._order[number])
+            record = self._order[number]
+            if 'template' in self._config:
+                prompts.append([{'role': 'user', 'content': text_of(record)}])
+                continue
+            messages = conversation(record)
             while messages and messages[-1]['role'] == 'assistant':
                 messages.pop()
             if not messages:

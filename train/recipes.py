@@ -7,11 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data import committee
-from data.committee import Ballot, Judge, Messages, Pair, Rule, Tally, Vote, by_questions, by_score, fold, transcript
+from data.committee import (
+    Ballot,
+    Judge,
+    Messages,
+    Pair,
+    Rule,
+    Tally,
+    Vote,
+    by_questions,
+    by_score,
+    fold,
+    question,
+    transcript,
+)
 from data.constitution import label, read_principles, revise
 from data.errors import InputError, did_you_mean
 from data.files import Record
 from data.mixture import as_dict
+from data.rewriting import INTO, template_of
 from data.tasks import Prompt, Task
 from train.members import CheckpointMember, Members, chosen, likelihood_judge, reward_judge
 
@@ -95,6 +109,26 @@ def attempts(c: Mapping[str, Any], members: Members, block: Block) -> Made:
     kept = best(records) if c['select'] == 'best' else records
     form = FORMATS[c['format']]
     return [{**form(record['messages']), 'provenance': record['provenance']} for record in kept], tally
+
+
+def rewrites(c: Mapping[str, Any], members: Members, block: Block) -> Made:
+    """Texts made into others (see `data.rewriting`), of which the judges accept some; without judges, all."""
+    if c['into'] not in INTO:
+        raise InputError(f'into is {c["into"]!r}{did_you_mean(c["into"], INTO)}')
+    template, (item, form) = template_of(c['template']), INTO[c['into']]
+    judges = _judges(c, members, block, JUDGES) if c['judges'] else {}
+    texts = [transcript(prompt) for prompt in block.prompts]
+    asked = [question(template, text=text) for text in texts]
+    records, tally = committee.filtered(
+        asked,
+        members.generators(),
+        judges,
+        committee.unanimous() if judges else lambda votes: Vote(True),
+        c['samples'],
+        block.seed,
+        item=lambda i, reply: item(asked[i], texts[i], reply),
+    )
+    return [{**form(record['messages']), 'provenance': record['provenance']} for record in records], tally
 
 
 def best(records: Sequence[Record]) -> list[Record]:

@@ -22,7 +22,7 @@ from train.merge import merge_weights
 from train.objectives import Objective, joined, next_token, regularizers
 from train.policy import distillation, policy_gradient
 from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
-from train.recipes import attempts, labels, revisions
+from train.recipes import attempts, labels, revisions, rewrites
 from train.signs import LIMITS
 from train.streams import Context, distilled, games, making, proposals, records, rollout_stamps, rollouts, rows
 
@@ -277,6 +277,9 @@ KINDS: dict[str, Kind] = {
         make=making(attempts),
     ),
     'revise': Kind({**MAKE, 'principles': '', 'rounds': 1}, make=making(revisions)),
+    # `template` is one of `data.rewriting.TEMPLATES`, or a text with {text} in it; the reply becomes a 'text', the
+    # 'question' that the text answers, or a 'prompt' for another stage to answer.
+    'rewrite': Kind({**MAKE, **_JUDGES, 'template': 'rephrase', 'into': 'text'}, make=making(rewrites)),
     'label': Kind({**MAKE, **_JUDGES, 'principles': ''}, make=making(labels)),
     'merge': Kind({'parents': (), 'weights': (), 'decay': 1.0, 'evaluations': ()}, merge=merge_weights),
 }

@@ -4,8 +4,9 @@ python -m train.sweep --config=FILE --workdir=DIR --set model.attention=mla,gqa 
 
 Each --set names a field of the config and values with commas between them; the arms are their product, and arms that
 differ in a seed alone are averaged. Without --set, the function `sweep(add)` of the config file says what the arms are,
-by a call of add({FIELD: VALUE, ...}) for each. Stages whose settings are the same in several arms, with all that leads
-to them, are trained once. The same command goes on where it was.
+by a call of add({FIELD: VALUE, ...}) for each; where --config names a variant, it is `sweep(add, variant)`. Stages
+whose settings are the same in several arms, with all that leads to them, are trained once. The same command goes on
+where it was.
 
   --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
   --stage     of each arm only this stage and those it needs
@@ -310,16 +311,16 @@ def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], 
     return lines + [run(arm, name) for arm in made for name in last_stages(arm.config, names[arm.name])]
 
 
-def _declared(path: str) -> list[Changes]:
+def _declared(path: str, *variant: str) -> list[Changes]:
     """What the function `sweep` of a config file adds; nothing where it has none."""
     spec = importlib.util.spec_from_file_location('swept_config', path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     added: list[Changes] = []
-    declare: Callable[[Callable[[Changes], None]], None] | None = getattr(module, 'sweep', None)
+    declare: Callable[..., None] | None = getattr(module, 'sweep', None)
     if declare is not None:
-        declare(added.append)
+        declare(added.append, *variant)
     return added
 
 
@@ -331,8 +332,8 @@ def main(arguments: list[str]) -> int:
         return 0
     config = parse(arguments)
     folder, last = Path(flags.FLAGS.workdir), flags.FLAGS.stage
-    path = config_flags.get_config_filename(flags.FLAGS['config']).split(':')[0]
-    made = arms(config, product(config, _SETS.value) if _SETS.value else _declared(path))
+    path = config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)
+    made = arms(config, product(config, _SETS.value) if _SETS.value else _declared(*path))
     names = {arm.name: needed_for(arm.config, last) if last else order(arm.config) for arm in made}
     given = [word for word in arguments[1:] if word.startswith('--config')]
     for arm in made:

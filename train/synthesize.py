@@ -6,7 +6,7 @@ The stage is one that makes records: models answer prompts, judges vote on the a
 to DIR/NAME/records (ArrayRecord; each record says where it is from), with DIR/NAME/report.json about yield, agreement
 and cost. A killed command, started again, goes on with the block of prompts it was at.
 
-  --config     the config; its stage is of the kind attempts, revise or label (fields: train/stages.py, train/make.py)
+  --config     the config; its stage is of the kind attempts, revise, label or rewrite (fields: train/stages.py)
   --output     the folder to write to
   --stage      which stage; may be left out where only one makes records
   --workdir    the run that has the checkpoints, if the config names them as stages: models.generator='sft' is RUN/sft;
