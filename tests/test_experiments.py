@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from configs import methods, steering
+from configs import methods, midtraining, spikes, steering
 from data.constitution import read_principles
 from data.tasks.errands import Errands
 from train.edges import differences, needed_for
 from train.graph import Run
+from train.sweep import arms, declared
 
 FILES = (methods, steering)
 
@@ -41,3 +42,30 @@ def test_an_unknown_experiment_is_named() -> None:
 
 def test_the_principle_is_the_one_that_the_critic_was_taught() -> None:
     assert read_principles(steering.PRINCIPLES) == [Errands.principle]
+
+
+@pytest.mark.parametrize(
+    ('file', 'variant', 'count'),
+    [(spikes, '', 9), (midtraining, 'decay', 12), (midtraining, 'value', 15), (midtraining, 'placement', 21)],
+)
+def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_path: Path) -> None:
+    """Stages that have no parent in a run of another config, as that would have to be trained before."""
+    given = [variant] if variant else []
+    made = arms(file.get_config(*given).to_dict(), *declared(file.__file__, *given))
+    assert len(made) == count == 3 * len({arm.group for arm in made})
+    for arm in (made[0], made[-1]):
+        (name,) = arm.config['stages']
+        if not arm.config['stages'][name]['parent']:
+            run = Run(arm.config, tmp_path / arm.name)
+            run._check(name)
+
+
+def test_anneals_end_where_the_trunk_does_and_start_where_it_saved() -> None:
+    trunk = midtraining.get_config().stages.trunk
+    added, _ = declared(midtraining.__file__, 'decay')
+    merge = midtraining.get_config('merge').stages
+    starts = [(x['stages.anneal.parent'], x['stages.anneal.steps']) for x in added]
+    starts += [(merge[name].parent, merge[name].steps) for name in merge if name.startswith('anneal')]
+    for parent, steps in starts:
+        begin = int(parent.split('@')[1])
+        assert begin % trunk.save_every == 0 and begin + steps == trunk.steps and trunk.keep >= trunk.steps

@@ -121,7 +121,7 @@ def test_what_arms_share_is_trained_once(
     rows = table(tmp_path, made, ['midtrain'])
     assert sorted(row.arm for row in rows) == sorted(arm.name for arm in made)
     assert {row.measure for row in rows} == {'loss'} and [row.verdict for row in rows] == ['best', 'not separated']
-    other = Arm(made[0].name, {}, {**made[0].config, 'seed': 1})
+    other = Arm(made[0].name, {}, {**made[0].config, 'seed': 1}, made[0].group)
     with pytest.raises(InputError, match='trained with other settings'):
         link(tmp_path, other, ['pretrain'])
 
@@ -148,7 +148,7 @@ def test_the_table_says_what_is_apart_and_what_is_not(tmp_path: Path) -> None:
     for arm, lift in (('a', 0.0), ('b', 0.0), ('c', -0.3)):
         for seed in range(3):
             changes = {'model.attention': arm, 'seed': seed}
-            made.append(Arm(label(changes), changes, {}))
+            made.append(Arm(label(changes), changes, {}, f'attention={arm}'))
             scores = items + lift + rng.normal(size=60) * 0.05
             said = {'metric': '', 'value': scores.mean(), 'direction': 'higher', 'details': {'scores': list(scores)}}
             loss = {'value': 2.0 - lift + seed / 10, 'direction': 'lower', 'details': {}}

@@ -4,9 +4,9 @@ python -m train.sweep --config=FILE --workdir=DIR --set model.attention=mla,gqa 
 
 Each --set names a field of the config and values with commas between them; the arms are their product, and arms that
 differ in a seed alone are averaged. Without --set, the function `sweep(add)` of the config file says what the arms are,
-by a call of add({FIELD: VALUE, ...}) for each; where --config names a variant, it is `sweep(add, variant)`. Stages
-whose settings are the same in several arms, with all that leads to them, are trained once. The same command goes on
-where it was.
+by a call of add({FIELD: VALUE, ...}) for each, or add({...}, NAME); where --config names a variant, it is
+`sweep(add, variant)`. Stages whose settings are the same in several arms, with all that leads to them, are trained
+once. The same command goes on where it was.
 
   --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
   --stage     of each arm only this stage and those it needs
@@ -59,11 +59,13 @@ Changes = dict[str, Any]
 
 
 class Arm(NamedTuple):
-    """A run of a sweep: its name, the fields that are changed, and the whole config."""
+    """A run of a sweep: its name, the fields that are changed, the whole config, and the name of all that differ from
+    it in a seed alone."""
 
     name: str
     changes: Changes
     config: dict[str, Any]
+    group: str
 
 
 class Row(NamedTuple):
@@ -137,8 +139,8 @@ def _get(config: Mapping[str, Any], field: str) -> Any:
     return at
 
 
-def arms(config: Mapping[str, Any], combinations: Sequence[Changes]) -> list[Arm]:
-    """A run for each combination of changes.
+def arms(config: Mapping[str, Any], combinations: Sequence[Changes], names: Sequence[str] = ()) -> list[Arm]:
+    """A run for each combination of changes; `names` are what they are called but for their seeds ('': the changes).
 
     Raises:
         InputError: none at all, twice the same, or a field that is not there.
@@ -148,16 +150,18 @@ def arms(config: Mapping[str, Any], combinations: Sequence[Changes]) -> list[Arm
             'nothing to sweep over: expected --set FIELD=VALUE,VALUE or a function sweep(add) in the config'
         )
     made: dict[str, Arm] = {}
-    for changes in combinations:
+    for changes, given in zip(combinations, names or [''] * len(combinations), strict=True):
         changed = copy.deepcopy(dict(config))
         for field, value in changes.items():
             _get(config, field)
             *path, last = field.split('.')
             functools.reduce(lambda at, name: at[name], path, changed)[last] = value
-        name = label(changes)
+        seeds = {field: value for field, value in changes.items() if field.split('.')[-1] == 'seed'}
+        group = given or label({field: value for field, value in changes.items() if field not in seeds})
+        name = label({'arm': given, **seeds}) if given else label(changes)
         if name in made:
             raise InputError(f'two arms are called {name}: expected different ones')
-        made[name] = Arm(name, changes, changed)
+        made[name] = Arm(name, changes, changed, group)
     return list(made.values())
 
 
@@ -219,8 +223,7 @@ def table(folder: Path, made: Sequence[Arm], stages: Sequence[str]) -> list[Row]
     """What the arms came to, in each measure of each of the stages; arms that have not got there are left out."""
     groups: dict[str, list[Arm]] = {}
     for arm in made:
-        rest = {field: value for field, value in arm.changes.items() if field.split('.')[-1] != 'seed'}
-        groups.setdefault(label(rest), []).append(arm)
+        groups.setdefault(arm.group, []).append(arm)
     rows = []
     for stage in stages:
         folders = {name: [folder / arm.name / stage for arm in group] for name, group in groups.items()}
@@ -311,17 +314,17 @@ def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], 
     return lines + [run(arm, name) for arm in made for name in last_stages(arm.config, names[arm.name])]
 
 
-def _declared(path: str, *variant: str) -> list[Changes]:
-    """What the function `sweep` of a config file adds; nothing where it has none."""
+def declared(path: str, *variant: str) -> tuple[list[Changes], list[str]]:
+    """What the function `sweep` of a config file adds, and the names it gives; nothing where it has none."""
     spec = importlib.util.spec_from_file_location('swept_config', path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    added: list[Changes] = []
+    added: list[tuple[Changes, str]] = []
     declare: Callable[..., None] | None = getattr(module, 'sweep', None)
     if declare is not None:
-        declare(added.append, *variant)
-    return added
+        declare(lambda changes, name='': added.append((changes, name)), *variant)
+    return [changes for changes, _ in added], [name for _, name in added]
 
 
 @command('train.sweep', interrupted='the same command goes on')
@@ -333,7 +336,7 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     folder, last = Path(flags.FLAGS.workdir), flags.FLAGS.stage
     path = config_flags.get_config_filename(flags.FLAGS['config']).split(':', 1)
-    made = arms(config, product(config, _SETS.value) if _SETS.value else _declared(*path))
+    made = arms(config, *([product(config, _SETS.value)] if _SETS.value else declared(*path)))
     names = {arm.name: needed_for(arm.config, last) if last else order(arm.config) for arm in made}
     given = [word for word in arguments[1:] if word.startswith('--config')]
     for arm in made:
