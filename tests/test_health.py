@@ -11,7 +11,7 @@ from loops import LENGTH, Counting, kinds, lines, plan, saved
 from small import one_device
 
 from data.errors import InputError
-from train.health import FINE, NOT_FINITE, SPIKE, check_guard, first_health, guard, restored_health, saved_health
+from train.health import FINE, NOT_FINITE, SPIKE, Watch, check_guard, first_health, guard, restored_health, saved_health
 from train.loop import train
 from train.stages import COMMON
 from train.step import Layout
@@ -80,7 +80,48 @@ def test_the_window_survives_json() -> None:
 @pytest.mark.parametrize(('field', 'value'), [('sigma', -1.0), ('window', 4), ('patience', 0), ('policy', 'ignore')])
 def test_settings_are_checked(field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f'guard.{field} is {value!r}: expected'):
-        check_guard({**GUARD, field: value})
+        check_guard({**GUARD, field: value}, {})
+
+
+@pytest.mark.parametrize(
+    ('limit', 'message'),
+    [
+        ({'beneath': 0.1}, "alarms.entropy: no field 'beneath'"),
+        ({'below': 0.1, 'then': 'halt'}, "alarms.entropy.then is 'halt': expected 'alarm', 'stop' or 'rewind'"),
+        ({'below': 0.1, 'then': 'rewind'}, 'expected a guard.sigma above 0, as it leaves out a step'),
+    ],
+)
+def test_limits_are_checked(limit: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_guard({**GUARD, 'sigma': 0.0}, {'entropy': limit})
+    check_guard(GUARD, {'entropy': {'below': 0.1, 'then': 'rewind'}, 'loss': 3.0})
+
+
+def test_a_limit_is_told_of_once_and_may_stop_the_run() -> None:
+    told: list[tuple[int, str, str]] = []
+    limits = {'entropy': {'below': 0.5}, 'length': 20, 'kl': {'above': 0.1, 'then': 'stop'}}
+    watch = Watch(GUARD, limits, lambda *event: told.append(event))
+    for step, entropy in enumerate([0.7, 0.4, 0.3, 0.6, 0.2]):
+        # The length is a metric of every second step.
+        more = {'length': 30} if step % 2 else {}
+        watch(step, FINE, 0, {'loss': 1.0, 'gradient_norm': 1.0, 'kl': 0.05, 'entropy': entropy, **more}, asked=False)
+    below = [(step, 'alarm', f'entropy is {value}, below 0.5') for step, value in ((1, 0.4), (4, 0.2))]
+    assert told == [below[0], (1, 'alarm', 'length is 30, above 20'), below[1]]
+    with pytest.raises(InputError, match='step 5: kl is 0.2, above 0.1'):
+        watch(5, FINE, 0, {'loss': 1.0, 'gradient_norm': 1.0, 'kl': 0.2}, asked=False)
+
+
+def test_a_limit_may_take_the_run_back(tmp_path: Path) -> None:
+    """At step 45 the loss is above any of a good batch: the steps from 41 on are left out."""
+    limits = {'loss': {'above': 6.2, 'then': 'rewind'}}
+    run(tmp_path / 'stage', {44}, alarms=limits, back=4)
+    told = kinds(tmp_path / 'stage')
+    assert told[:3] == [(45, 'alarm'), (45, 'spike'), (40, 'went back')] or told[:2] == [
+        (45, 'alarm'),
+        (40, 'went back'),
+    ]
+    left = [step for step, kind in told if kind == 'batch left out']
+    assert left == [41, 42, 43, 44, 45] and json.loads((tmp_path / 'stage' / 'skipped.json').read_text()) == left
 
 
 class Planted(Counting):
@@ -98,11 +139,13 @@ class Planted(Counting):
         return batch, after
 
 
-def run(folder: Path, bad: set[int], steps: int = 60, **guard: Any) -> list[dict[str, Any]]:
+def run(
+    folder: Path, bad: set[int], steps: int = 60, alarms: dict[str, Any] | None = None, **guard: Any
+) -> list[dict[str, Any]]:
     settings = {**GUARD, **guard}
     stage = {'layout': Layout(one_device(), 8, LENGTH, 1), 'steps': steps, 'save_every': 8, 'keep': 9}
     falling = {'learning_rate': lambda step: 0.01 * (1 - 0.8 * step / steps)}
-    train(*plan(folder, stream=Planted(bad), guard=settings, **stage, **falling))
+    train(*plan(folder, stream=Planted(bad), guard=settings, alarms=alarms or {}, **stage, **falling))
     found = lines(folder, 'metrics.jsonl')
     assert [line['step'] for line in found] == list(range(1, steps + 1))
     return found

@@ -20,6 +20,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.algorithms import group_relative, rejection
 from train.episodes import chat_prompt
+from train.health import Watch
 from train.objectives import joined, regularizers
 from train.policy import policy_gradient
 from train.rewards import Answer, format_reward, random_reward, verifier_reward
@@ -27,7 +28,7 @@ from train.rollout import RolloutStream
 from train.sampler import row_keys, sample_tokens
 from train.scoring import Other
 from train.signs import repetition
-from train.stages import stage_defaults
+from train.stages import COMMON, stage_defaults
 from train.step import initial_state, make_step
 
 PROMPTS, SAMPLES = 3, 8
@@ -182,17 +183,22 @@ def test_groups_of_equal_reward_are_counted_and_have_no_gradient() -> None:
 
 def test_a_reward_that_can_be_gamed_raises_an_alarm() -> None:
     """Coins are thrown for answers of which a verifier finds none right; with the verifier as reward all is quiet."""
-    gamed = stream(Scored(hopeless=PROMPTS), reward='random')
-    _, state = gamed.next(0, model()[1])
+    told: list[tuple[int, str, str]] = []
+    watch = Watch(COMMON['guard'], stage_defaults('grpo')['alarms'], lambda *event: told.append(event))
+    fine = {'loss': 1.0, 'gradient_norm': 1.0}
+
+    _, state = stream().next(0, model()[1])
+    assert state['metrics']['reward/gap'] == 0
+    watch(1, 0, 0, {**state['metrics'], **fine, 'rollout/repetition': 0.0}, asked=False)
+    assert not told
+    _, state = stream(Scored(hopeless=PROMPTS), reward='random').next(0, model()[1])
     said = state['metrics']
-    assert said['reward/verified'] == 0 and said['reward/gap'] == said['reward/mean'] > 0.25 and said['alarms'] >= 1
-    assert gamed.events[0][0] == 'alarm' and gamed.events[0][1].startswith('reward/gap is')
-    _, state = stream(alarms={'reward/gap': 0.25}).next(0, model()[1])
-    assert state['metrics']['reward/gap'] == 0 and state['metrics']['alarms'] == 0
-    strict = stream(strict=[Scored(hopeless=PROMPTS)], alarms={'reward/gap': 0.05})
+    assert said['reward/verified'] == 0 and said['reward/gap'] == said['reward/mean'] > 0.25
+    watch(2, 0, 0, {**said, **fine}, asked=False)
+    assert told[0][:2] == (2, 'alarm') and told[0][2].startswith('reward/gap is')
+    strict = stream(strict=[Scored(hopeless=PROMPTS)])
     _, state = strict.next(0, model()[1])
     assert state['metrics']['reward/gap'] == state['metrics']['reward/mean'] > 0.05
-    assert state['metrics']['alarms'] == len(strict.events) == 1
 
 
 def test_repeated_ngrams_are_counted() -> None:

@@ -117,7 +117,7 @@ class Run:
                 return
             self._optimizer(name, model)
             learning_rate(stage['optimizer'], stage['steps'])
-            check_guard(stage['guard'])
+            check_guard(stage['guard'], stage['alarms'])
             if not stage['step_deadline'] >= 0:
                 raise InputError(f'step_deadline is {stage["step_deadline"]}: expected seconds, or 0 for none')
             before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.errors import InputError
-from train.signs import alarms
+from data.errors import InputError, did_you_mean
+from data.mixture import as_dict
 
 Settings = Mapping[str, Any]
 # Names of what is watched, and the least deviation from the median that counts as one: loss in nats, the gradient's
@@ -19,6 +19,7 @@ Settings = Mapping[str, Any]
 WATCHED = {'loss': 0.01, 'gradient_norm': 0.05}
 FINE, SPIKE, NOT_FINITE = range(3)
 POLICIES = ('skip', 'stop', 'rewind')
+LIMIT: dict[str, Any] = {'above': math.inf, 'below': -math.inf, 'then': 'alarm'}
 
 
 class Rewind(Exception):
@@ -29,8 +30,21 @@ class Rewind(Exception):
         self.step, self.reason, self.skip = step, reason, skip
 
 
-def check_guard(settings: Settings) -> None:
-    """Raises InputError for settings of a guard that mean nothing."""
+def limit_of(given: Any) -> dict[str, Any]:
+    """A limit with all of LIMIT's fields: a number stands for what is not to be exceeded."""
+    return {**LIMIT, **(as_dict(given) if hasattr(given, 'keys') else {'above': float(given)})}
+
+
+def check_guard(settings: Settings, alarms: Settings) -> None:
+    """Raises InputError for settings of a guard, or limits of metrics, that mean nothing."""
+    for name, given in as_dict(alarms).items():
+        limit = limit_of(given)
+        for field in limit.keys() - LIMIT.keys():
+            raise InputError(f'alarms.{name}: no field {field!r}{did_you_mean(field, LIMIT)}')
+        if limit['then'] not in ('alarm', 'stop', 'rewind'):
+            raise InputError(f"alarms.{name}.then is {limit['then']!r}: expected 'alarm', 'stop' or 'rewind'")
+        if limit['then'] == 'rewind' and not settings['sigma']:
+            raise InputError(f"alarms.{name}.then is 'rewind': expected a guard.sigma above 0, as it leaves out a step")
     for field, least in (('sigma', 0), ('window', 8), ('patience', 1), ('back', 0)):
         if not settings[field] >= least:
             raise InputError(f'guard.{field} is {settings[field]}: expected {least} or more')
@@ -102,11 +116,14 @@ class Watch:
         settings: of the guard; without one, what is not finite is noted here. After `patience` steps in a row that were
             not fine, the policy 'skip' goes on (but not where they were not finite), 'stop' ends the run, 'rewind' goes
             `back` steps and leaves those batches out.
+        alarms: limits of metrics by name (see `limit_of`), the stream's among them. There is an event when one is
+            first overstepped, and again after a step that kept it.
         tell: is told the step, kind and detail of each event.
     """
 
-    def __init__(self, settings: Settings, tell: Callable[[int, str, str], None]):
+    def __init__(self, settings: Settings, alarms: Settings, tell: Callable[[int, str, str], None]):
         self._settings, self._tell = settings, tell
+        self._limits = {name: limit_of(limit) for name, limit in as_dict(alarms).items()}
         self._raised: set[str] = set()
         self._bad: list[int] = []  # steps in a row that were not fine
 
@@ -115,14 +132,9 @@ class Watch:
 
         Raises:
             Rewind: the policy is to go back.
-            InputError: the policy is to stop, or nothing finite comes any more.
+            InputError: the policy is to stop, there or of an alarm; or nothing finite comes any more.
         """
-        limits = dict(self._settings['alarms'])
-        above = {name: alarms(metrics, {name: limit}) for name, limit in limits.items()}
-        for name, lines in above.items():
-            if lines and name not in self._raised:
-                self._tell(step, 'alarm', lines[0])
-        self._raised = {name for name, lines in above.items() if lines}
+        self._alarms(step, metrics, asked)
         if asked:
             self._tell(step, 'batch left out', 'as a spike had come of it before')
             return
@@ -136,6 +148,26 @@ class Watch:
             self._tell(step, 'spike' if verdict == SPIKE else 'not finite', f'{said}: {done}')
         if row == self._settings['patience']:
             self._lasting(step, verdict, metrics)
+
+    def _alarms(self, step: int, metrics: Mapping[str, float], asked: bool) -> None:
+        for name, limit in self._limits.items():
+            if name not in metrics:  # such as those of a rollout, in steps that go on with the last one
+                continue
+            high = metrics[name] > limit['above']
+            if not (high or metrics[name] < limit['below']):
+                self._raised.discard(name)
+                continue
+            said = (
+                f'{name} is {metrics[name]:.3g}, {"above" if high else "below"} {limit["above" if high else "below"]:g}'
+            )
+            if name not in self._raised:
+                self._tell(step, 'alarm', said)
+            self._raised.add(name)
+            if limit['then'] == 'stop':
+                raise InputError(f'step {step}: {said}')
+            if limit['then'] == 'rewind' and not asked:
+                first = max(step - self._settings['back'], 1)
+                raise Rewind(first - 1, f'step {step}: {said}', tuple(range(first, step + 1)))
 
     def _lasting(self, step: int, verdict: int, metrics: Mapping[str, float]) -> None:
         policy, bad = self._settings['policy'], tuple(self._bad)

@@ -30,7 +30,17 @@ from train.replicas import Prints, agreement, twice
 from train.step import Layout, State, make_step
 
 # Of a stage's config, what is in its Plan as it is.
-FIELDS = ('trainable', 'steps', 'save_every', 'keep', 'guard', 'step_deadline', 'compare_every', 'replay_every')
+FIELDS = (
+    'trainable',
+    'steps',
+    'save_every',
+    'keep',
+    'guard',
+    'alarms',
+    'step_deadline',
+    'compare_every',
+    'replay_every',
+)
 SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
 
@@ -45,7 +55,7 @@ class Plan:
         trainable: an expression that selects the parameters which learn (see `train.step.trained`).
         learning_rate: of the step; a factor on the optimizer's updates.
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
-        guard: against spikes (see `train.health`).
+        guard: against spikes, and alarms: limits of metrics (see `train.health`).
         step_deadline: seconds that no step but the first takes (see `train.peers`).
         compare_every, replay_every: steps between comparisons of copies of the state, and between those that are taken
             twice and compared (see `train.replicas`).
@@ -68,6 +78,7 @@ class Plan:
     keep: int
     pinned: Sequence[int]
     guard: Mapping[str, Any]
+    alarms: Mapping[str, Any]
     step_deadline: float
     compare_every: int
     replay_every: int
@@ -136,7 +147,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     # All at once, as asking for one would wait for the devices.
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     left_out = set(read_json(plan.folder / SKIPPED)) if (plan.folder / SKIPPED).exists() else set()
-    watch = Watch(plan.guard, tell)
+    watch = Watch(plan.guard, plan.alarms, tell)
     prints = Prints(state, plan.layout.mesh, plan.folder)
     compare = agreement(prints, plan.layout.mesh) if plan.compare_every else lambda step, state: None
     step_twice = twice(step_function, prints) if 0 < plan.replay_every <= plan.steps else None
@@ -177,7 +188,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
             reported = ready
             if log is not None:
                 log.write(line, tokens)
-            watch(step + 1, verdict, row, values, asked=step + 1 in left_out)
+            watch(step + 1, verdict, row, line, asked=step + 1 in left_out)
             spent.log_seconds += time.perf_counter() - now - waited
             spent.total_seconds = time.perf_counter() - spent.warm
             spent.cpu_seconds = cpu_seconds() - cpu_before

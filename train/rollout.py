@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from data.errors import InputError, did_you_mean
-from data.mixture import as_dict
 from data.packing import Batch, Segment, empty_batch, pack
 from data.sources import ENDLESS
 from data.stream import State
@@ -26,7 +25,7 @@ from train.episodes import Episode, Sample, chat_prompt, play
 from train.rewards import REWARDS, Answer, step_rewards
 from train.sampler import Completion, row_keys, sample_tokens
 from train.scoring import Other, Scorer
-from train.signs import alarms, signs
+from train.signs import signs
 
 STAMPS = ('old_logprob', 'reference_logprob', 'old_value', 'value_target')  # beyond advantage and behavior_logprob
 WEIGHTS = ('token', 'answer', 'constant')
@@ -113,8 +112,6 @@ class RolloutStream:
         }
         self.rows = range(c['batch_size'])  # every process has all of them: they come from one sampler
         self._position = 0  # problems posed so far
-        self.events: list[tuple[str, str]] = []
-        self._raised = 0  # alarms of the last rollout
         self._kl_coefficient = float(c['kl_reward'])
         self._waiting: list[list[Trajectory]] = []  # minibatches of the last rollout that are still to come
 
@@ -178,11 +175,6 @@ class RolloutStream:
             'rollout/stopped': float(np.mean([e.stopped for e in sampled])),
             **self._levels.metrics(),
         }
-        raised = alarms(metrics, as_dict(c['alarms']))
-        metrics['alarms'] = float(len(raised))
-        for line in raised if metrics['alarms'] > self._raised else ():
-            self.events.append(('alarm', line))
-        self._raised = len(raised)
         if c['refills']:
             metrics['rollout/problems'] = float(len(earned))
         read = passes + sum(some.read for some in drawn)

@@ -1,8 +1,8 @@
-"""Signs that a reward is being gamed: measured beside every rollout, with limits that raise an alarm."""
+"""Signs that a reward is being gamed: measured beside every rollout, with limits for `alarms` of a stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from data.tasks import Task, final_answer
 from train.rewards import Answer
 
 NGRAM = 4
-LIMITS = {'reward/gap': 0.25, 'rollout/repetition': 0.5}  # the defaults of `alarms`
+LIMITS = {'reward/gap': 0.25, 'rollout/repetition': 0.5}
 
 
 def repetition(tokens: Sequence[int]) -> float:
@@ -38,12 +38,3 @@ def signs(
         'rollout/format': float(np.mean([final_answer(answer.text) is not None for answer in answers])),
         'rollout/repetition': float(np.mean([repetition(x) for x in tokens])),
     }
-
-
-def alarms(metrics: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
-    """A line for each metric that is above its limit."""
-    return [
-        f'{name} is {metrics[name]:.3g}, above {limit:g}'
-        for name, limit in limits.items()
-        if name in metrics and metrics[name] > limit
-    ]

@@ -92,7 +92,10 @@ COMMON: dict[str, Any] = {
         'muon_beta': 0.95,
         'clip': 1.0,
     },
-    # Against spikes: see `train.health`. `alarms` are limits of metrics, above which there is an event.
+    # Limits of metrics: a number that one is not to be above, or {'above': x, 'below': y, 'then': what to do}: 'alarm',
+    # an event; 'stop' the run; or 'rewind' by `guard.back` steps, to go on without their updates.
+    'alarms': {'experts/starved': 0.5},
+    # Against spikes: see `train.health`.
     'guard': {
         # 0: off. 6 is usual, in stages that predict text: losses of pairs and rewards have longer tails. The compiled
         # update is another program with it, which rounds differently.
@@ -101,7 +104,6 @@ COMMON: dict[str, Any] = {
         'patience': 8,
         'policy': 'skip',
         'back': 100,
-        'alarms': {'experts/starved': 0.5},
     },
     'loss': {'multi_token': 0.0, 'z_loss': 0.0, 'sequence_balance': 1e-4, 'batch_balance': 0.0},
 }
@@ -163,7 +165,7 @@ def _reinforcement(
         'curriculum': 'uniform',  # or 'solve_rate'
         'reward': 'verifier',  # or 'format', 'random': control arms; 'none'. A reward model adds its own
         'strict': {},  # options of a stricter verifier, asked for the gap to the reward alone
-        'alarms': LIMITS,  # of metrics, above which a line is printed
+        'alarms': LIMITS,
         'process_coefficient': 0.0,  # times the score of each judged step, where it ends
         'algorithm': 'grpo',  # see `train.algorithms`
         'weighting': 'token',  # tokens count alike in the batch; or 'answer': answers do; or 'constant': 1 / max_tokens
