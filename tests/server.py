@@ -52,20 +52,27 @@ class Handler(BaseHTTPRequestHandler):
             self.server.authorization.add(self.headers.get('Authorization'))
             self.server.working += 1
             self.server.most = max(self.server.most, self.server.working)
+        self.at_work = True
         try:
             if self.path != '/v1/chat/completions':
                 self.reply(404, b'no such path')
             elif self.server.script(self, prompt, number) is None:
                 self.reply(200, completion(f'{prompt} {request.get("seed")}'))
         finally:
-            with self.server.lock:
-                self.server.working -= 1
+            self.rest()
+
+    def rest(self) -> None:
+        """Counts itself out: before the last byte is sent, as the client may ask again as soon as it has it."""
+        with self.server.lock:
+            self.server.working -= self.at_work
+            self.at_work = False
 
     def reply(self, status: int, body: bytes, **headers: str) -> bool:
         self.send_response(status)
         for name, value in {'Content-Length': str(len(body)), **headers}.items():
             self.send_header(name.replace('_', '-'), value)
         self.end_headers()
+        self.rest()
         self.wfile.write(body)
         return True
 

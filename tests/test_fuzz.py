@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -321,8 +322,9 @@ def overrides() -> Any:
 @tried
 @given(overrides())
 def test_config_overrides(words: list[str]) -> None:
-    flags.FLAGS.unparse_flags()
-    clear(lambda: parse(['train', '--config=tests/small.py', '--workdir=x', *words]))
+    with flagsaver.flagsaver():  # absl's flags belong to the process, and other tests read them
+        flags.FLAGS.unparse_flags()
+        clear(lambda: parse(['train', '--config=tests/small.py', '--workdir=x', *words]))
 
 
 ODD = ['\n', '=', '<answer>', '</answer>', '1/0', '9' * 5000, '²', '٣', '-', '\0', '\\boxed{', '1e999']

@@ -24,6 +24,7 @@ from train.health import Rewind, Watch, guard, restored_health, saved_health
 from train.host import cpu_seconds, is_primary
 from train.log import Log, set_aside
 from train.objectives import Objective
+from train.pace import Pace
 from train.peers import deadline, lost
 from train.preemption import Preempted, notice
 from train.replicas import Prints, agreement, twice
@@ -152,6 +153,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     compare = agreement(prints, plan.layout.mesh) if plan.compare_every else lambda step, state: None
     step_twice = twice(step_function, prints) if 0 < plan.replay_every <= plan.steps else None
     stream_works = bool(getattr(plan.stream, 'work', ''))
+    pace = Pace(tell)
     cpu_before = 0.0
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpoints))  # an interrupted run still finishes the save it has begun
@@ -228,6 +230,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
             saves = step + 1 == plan.steps or (step + 1) % plan.save_every == 0 or leaving
             if saves or (plan.compare_every and (step + 1) % plan.compare_every == 0):
                 compare(step + 1, state)
+                pace(step + 1, 0.0 if stream_works else spent.stream_seconds)
             if saves:
                 report(*pending)
                 pending = None
