@@ -58,7 +58,7 @@ $(run): requirements.txt constraints.txt $(python) $(if $(wildcard $(VENV)/.inst
 	@$(make_venv)
 	@$(call install,requirements.txt,about a minute)
 
-$(tests): requirements-test.txt constraints.txt $(run)
+$(tests): requirements-test.txt requirements-curate.txt constraints.txt $(run)
 	@$(call install,requirements-test.txt,some seconds)
 
 # Remade, like its stamps, when it is missing or its interpreter is gone; $(run) does the work.

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any, BinaryIO
 
 from data.chat import check_messages
@@ -29,10 +30,18 @@ JUDGED = frozenset(('chosen', 'label', 'steps', 'choices', 'good'))
 
 
 def check_record(value: Any, field: str, where: str) -> Record:
-    """`value` as a record, whose text is its `field` if that is given. Raises InputError, beginning with `where`."""
+    """`value` as a record, whose text is its `field` if that is given, or what that says with {FIELDS} in braces.
+
+    Raises InputError, beginning with `where`.
+    """
     if not isinstance(value, Mapping):
         raise InputError(f'{where}: expected an object, got {type(value).__name__}')
     check_fields(value.keys(), field, where)
+    if '{' in field:
+        try:
+            value = {**value, field: field.format_map(value)}
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f'{where}: cannot be put as {field!r}: {error!r}') from error
     judged = not field and bool(JUDGED & value.keys())  # its own reader checks the rest
     for name in [field] if field else ['text', 'prompt', 'completion']:
         if not judged and not isinstance(value.get(name, ''), str):
@@ -51,13 +60,27 @@ def check_record(value: Any, field: str, where: str) -> Record:
 def check_fields(names: Collection[str], field: str, where: str) -> None:
     """Raises InputError unless a record with fields of these names can be used."""
     names = set(names)
-    if field and field not in names:
-        raise InputError(f'{where}: no field {field!r}; it has {", ".join(sorted(names)) or "none"}')
+    for name in fields_named(field):
+        if name not in names:
+            raise InputError(f'{where}: no field {name!r}; it has {", ".join(sorted(names)) or "none"}')
     if not (field or ({'text', 'messages', 'tokens'} | JUDGED) & names or {'prompt', 'completion'} <= names):
         raise InputError(
             f'{where}: expected text, messages, tokens, prompt and completion, chosen and rejected, or choices; it has '
             f'{", ".join(sorted(names)) or "none"} (option field names the text)'
         )
+
+
+def fields_named(field: str) -> set[str]:
+    """The fields of a record that an option `field` names: one, or those in braces, as '{question}\\n{answer}' does.
+
+    Raises InputError for braces that do not match.
+    """
+    if '{' not in field:
+        return {field} - {''}
+    try:
+        return {name.split('[')[0].split('.')[0] for _, name, _, _ in Formatter().parse(field) if name is not None}
+    except ValueError as error:
+        raise InputError(f'field {field!r}: {error}') from error
 
 
 def find_files(path: str, kind: str) -> list[str]:
@@ -157,7 +180,8 @@ class JsonLinesSource(JsonLines):
 class ArrayRecordSource:
     """ArrayRecord files of JSON objects: a file, a glob, or a folder that `python -m data.prepare` wrote.
 
-    `tokenizer_fingerprint` says which tokenizer made the tokens of such a folder; None where it holds text.
+    `tokenizer_fingerprint` says which tokenizer made the tokens of such a folder; None where it holds text. `metadata`
+    is what its metadata.json says.
     """
 
     def __init__(self, path: str, field: str = '', broken: int = 0):
@@ -168,8 +192,8 @@ class ArrayRecordSource:
         self._path = path
         names = find_files(os.path.join(path, '*.arrayrecord') if os.path.isdir(path) else path, 'arrayrecord')
         metadata = Path(names[0]).parent / 'metadata.json'
-        told = json_object(metadata.read_bytes(), metadata) if metadata.is_file() else {}
-        self.tokenizer_fingerprint = told.get('tokenizer')
+        self.metadata = json_object(metadata.read_bytes(), metadata) if metadata.is_file() else {}
+        self.tokenizer_fingerprint = self.metadata.get('tokenizer')
         if not isinstance(self.tokenizer_fingerprint, str | None):
             raise InputError(f'{metadata}: tokenizer: expected a fingerprint, got {self.tokenizer_fingerprint!r:.60}')
         try:
@@ -204,7 +228,7 @@ class ParquetSource:
         self._names = find_files(path, 'parquet')
         self._groups: list[tuple[int, int]] = []  # file and row group
         sizes = []
-        columns = {field} if field else set(_CONTENT_FIELDS) | {'loss_weight'}
+        columns = fields_named(field) or {*_CONTENT_FIELDS, 'loss_weight'}
         self._columns = []
         for number, name in enumerate(self._names):
             try:
