@@ -44,7 +44,8 @@ def check_record(value: Any, field: str, where: str) -> Record:
             raise InputError(f'{where}: cannot be put as {field!r}: {error!r}') from error
     judged = not field and bool(JUDGED & value.keys())  # its own reader checks the rest
     for name in [field] if field else ['text', 'prompt', 'completion']:
-        if not judged and not isinstance(value.get(name, ''), str):
+        several = name != 'text' and not field and isinstance(value.get(name), list)  # they take turns in a document
+        if not judged and not several and not isinstance(value.get(name, ''), str):
             raise InputError(f'{where}: {name}: expected a string, got {type(value[name]).__name__}')
     if field:
         kept = {key: item for key, item in value.items() if key not in (*_CONTENT_FIELDS, field)}

@@ -11,9 +11,12 @@ from data.curate.__main__ import main
 from data.curate.dedup import Dedup
 from data.curate.grams import grams, hashes, text_of, words
 from data.curate.passes import curate
+from data.curate.repetition import Repetition
 from data.errors import InputError
+from data.packing import encode_record
 from data.sources import open_source
 from data.words import WORDS
+from tests.text import small_tokenizer
 
 pytest.importorskip('rensa')
 
@@ -210,3 +213,43 @@ def test_the_command(tmp_path, capsys):
     assert main(['dedup', *arguments]) == 0
     assert capsys.readouterr().out.startswith(f'{tmp_path}/out: 2 of 3 records, 1 exact\n0.0 million characters, ')
     assert [r['text'] for r in read(tmp_path / 'out')] == ['x: What is 1 + 1? 2', 'x: What is 2 + 1? 3']
+
+
+def test_repetition_is_dropped_or_not_learnt(tmp_path):
+    table, rule = 'a zero 0 0 0\n' + '0 0 1\n' * 40, 'no ' * 80
+    once = f'Before.\n{rule}\nAfter İt.'
+    records = [{'text': 'plain words'}, {'text': table}, {'text': once}, {'text': '0 0 1 ' * 31 + '-' * 80}]
+    records += [{'messages': [{'role': 'user', 'content': rule}]}]
+    spec = write(tmp_path / 'in.jsonl', records)
+    curate(Repetition(), spec, tmp_path / 'dropped')
+    assert [r['text'] for r in read(tmp_path / 'dropped')] == ['plain words', records[3]['text']]
+    curate(Repetition(mask=True), spec, tmp_path / 'masked')
+    kept = read(tmp_path / 'masked')
+    assert [text_of(r) for r in kept] == [text_of(r) for r in records[:4]]  # nothing is lost; chats are not cut
+    assert kept[1]['completion'][0] == 'a zero 0 0 0\n0 0 1\n' and kept[1]['prompt'] == ['', '0 0 1\n' * 38 + '0 0 1']
+    assert (kept[2]['prompt'], kept[2]['completion']) == (['', rule[3:-1]], ['Before.\nno ', ' \nAfter İt.'])
+    tokens, weight = encode_record(kept[2], small_tokenizer())
+    learnt = small_tokenizer().decode(tokens[weight > 0].tolist())
+    assert learnt.startswith('Before.\nno  \nAfter') and 0 < (weight == 0).sum() < len(tokens) - 10
+    assert [note['reason'] for note in notes(tmp_path / 'masked')] == ['masked', 'masked', 'dropped']
+
+
+def test_what_repeats_is_found_as_by_hand():
+    """Against runs compared word by word."""
+    rng = random.Random(5)
+    step = Repetition(mask=True, times=3, longest=4)
+    for _ in range(200):
+        found = [rng.choice('ab') for _ in range(rng.randrange(2, 30))]
+        said = set()
+        for size in range(1, 5):
+            for start in range(len(found)):
+                end = start + size
+                while end < len(found) and found[end] == found[end - size]:
+                    end += 1
+                if end - start >= size * 3:
+                    said.update(range(start + size, end))
+        text = ' '.join(found)
+        parts = step.pieces(text)
+        assert ''.join(parts) == text and len(parts) % 2 == 0
+        masked = [part for i, part in enumerate(parts) for _ in part.split() if i % 2 == 0]
+        assert len(masked) == len(said)

@@ -1,6 +1,7 @@
 """Curation: records through one step into a folder of ArrayRecord, which the next step, a run or `data.prepare` reads.
 
     python -m data.curate dedup --input=PATH|TFDS_NAME --output=DIR [--level=paragraph] [--similarity=0.8]
+    python -m data.curate repetition --input=... --output=DIR [--mask]
 
 Records get `provenance`: where each was found, under which licence, and what was done to it. DIR/metadata.json says
 how many came and stayed, and DIR/notes.jsonl of which records what was dropped or changed, and why. A command that was
@@ -14,12 +15,17 @@ from collections.abc import Sequence
 
 from data.curate.dedup import LEVELS, Dedup
 from data.curate.passes import Step, curate
+from data.curate.repetition import Repetition
 from data.errors import InputError
 from data.prepare import source_spec
 
 
 def _dedup(options: argparse.Namespace) -> Step:
     return Dedup(options.level, options.similarity)
+
+
+def _repetition(options: argparse.Namespace) -> Step:
+    return Repetition(options.mask, options.times)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dedup.add_argument('--level', choices=LEVELS, default='document', help='drop whole records, or paragraphs of them')
     dedup.add_argument('--similarity', type=float, default=0.8, help='least Jaccard similarity of duplicates')
     dedup.set_defaults(step=_dedup)
+    repetition = commands.add_parser('repetition', help='drop, or do not learn, what a text says over and over')
+    repetition.add_argument('--mask', action='store_true', help='keep the records, and learn the first saying alone')
+    repetition.add_argument('--times', type=int, default=32, help='how often on end')
+    repetition.set_defaults(step=_repetition)
     for command in commands.choices.values():
         command.add_argument('--input', required=True, help='file, folder, glob, or the name of a TFDS dataset')
         command.add_argument('--output', required=True, help='folder to make')
