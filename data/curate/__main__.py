@@ -2,6 +2,7 @@
 
     python -m data.curate dedup --input=PATH|TFDS_NAME --output=DIR [--level=paragraph] [--similarity=0.8]
     python -m data.curate repetition --input=... --output=DIR [--mask]
+    python -m data.curate decontaminate --input=... --output=DIR [--against=TASK|FILE|JSON ...]
 
 Records get `provenance`: where each was found, under which licence, and what was done to it. DIR/metadata.json says
 how many came and stayed, and DIR/notes.jsonl of which records what was dropped or changed, and why. A command that was
@@ -13,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data.curate.decontaminate import Decontaminate
 from data.curate.dedup import LEVELS, Dedup
 from data.curate.passes import Step, curate
 from data.curate.repetition import Repetition
@@ -26,6 +28,10 @@ def _dedup(options: argparse.Namespace) -> Step:
 
 def _repetition(options: argparse.Namespace) -> Step:
     return Repetition(options.mask, options.times)
+
+
+def _decontaminate(options: argparse.Namespace) -> Step:
+    return Decontaminate(tuple(options.against), options.most)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repetition.add_argument('--mask', action='store_true', help='keep the records, and learn the first saying alone')
     repetition.add_argument('--times', type=int, default=32, help='how often on end')
     repetition.set_defaults(step=_repetition)
+    clean = commands.add_parser('decontaminate', help='drop what holds an item of an evaluation')
+    clean.add_argument(
+        '--against',
+        action='append',
+        default=[],
+        help='task, JSON Lines file, config.json of a stage, or JSON of a task or source; may come again (all tasks)',
+    )
+    clean.add_argument('--most', type=int, default=1000, help='items of a task or source')
+    clean.set_defaults(step=_decontaminate)
     for command in commands.choices.values():
         command.add_argument('--input', required=True, help='file, folder, glob, or the name of a TFDS dataset')
         command.add_argument('--output', required=True, help='folder to make')

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from data.errors import InputError
 
 # Signs of arithmetic are words: 3+4 is another problem than 3-4. Other punctuation may change without notice.
-WORD = re.compile(r'\w+|[-+*/=<>^%]')
+WORD = re.compile(r'\w+|[-+*/=<>^%~&|()]')
 _MOST_REMEMBERED = 2_000_000  # words whose hash is kept
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: no product loses bits
 
@@ -52,7 +52,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def hashes(found: list[str]) -> np.ndarray:
+def hashes(found: Sequence[str]) -> np.ndarray:
     """A hash of each word: uint64 [n]."""
     return np.fromiter(map(_HASHES.__getitem__, found), np.uint64, len(found))
 
