@@ -94,8 +94,8 @@ def test_the_command_and_its_report(tmp_path, capsys):
     clean = standard_library('train', 2000)[0]['text']
     spec = write(tmp_path / 'in.jsonl', [{'text': t} for t in (clean, f'Well. {question}', *held_out('wordgraph', 1))])
     arguments = ['decontaminate', f'--input={tmp_path}/in.jsonl', '--most=20']
-    against = [f'--against={tmp_path}/{name}.json{line}' for name, line in (('test', 'l'), ('config', ''))]
-    assert main([*arguments, f'--output={tmp_path}/out', *against]) == 0
+    against = [f'{tmp_path}/test.jsonl', f'{tmp_path}/config.json']
+    assert main([*arguments, f'--output={tmp_path}/out', '--against', *against]) == 0
     assert capsys.readouterr().out.startswith(f'{tmp_path}/out: 1 of 3 records, 1 stories, 1 test.jsonl\n')
     assert [r['text'] for r in read(tmp_path / 'out')] == [clean]
     hit, _ = notes(tmp_path / 'out')

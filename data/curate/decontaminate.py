@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.curate.grams import grams, hashes, text_of, words
-from data.curate.passes import Note, Work
+from data.curate.passes import Note, Step
 from data.errors import InputError, json_object
 from data.files import JsonLines, Record
 from data.sources import open_source
@@ -50,15 +50,12 @@ class Item(NamedTuple):
     figures: np.ndarray
 
 
-class Index(NamedTuple):
-    """Items, and of each size the sorted hashes of runs to look for, each with the number of its item."""
-
-    items: list[Item]
-    runs: dict[int, tuple[np.ndarray, np.ndarray]]
+# Items and, by size, the runs to look for: sorted, and with the numbers of their items.
+Index = tuple[list[Item], dict[int, tuple[np.ndarray, dict[int, list[int]]]]]
 
 
 @dataclass(frozen=True)
-class Decontaminate:
+class Decontaminate(Step):
     """Drops records that hold an item of an evaluation.
 
     `against` has names of tasks (their held-out problems, at most `most` of each), files of records, JSON objects that
@@ -68,18 +65,15 @@ class Decontaminate:
 
     against: tuple[str, ...] = ()
     most: int = 1000
-    name: ClassVar[str] = 'decontaminate'
-    version: ClassVar[int] = 1
+    name = 'decontaminate'
+    version = 1
 
     def settings(self) -> dict[str, Any]:
         _index.cache_clear()  # the files may be others than they were
-        found = _index(self.against, self.most).items
+        found, _ = _index(self.against, self.most)
         counted = Counter(item.evaluation for item in found)
         digest = hashlib.sha256(b'\n'.join(item.of_words.tobytes() for item in found)).hexdigest()
         return {**asdict(self), 'items': dict(counted), 'of': digest}
-
-    def begin(self, work: Work) -> None:
-        pass
 
     def apply(self, folder: Path, index: int, record: Record) -> tuple[Record | None, Note | None]:
         found = words(text_of(record))
@@ -95,14 +89,9 @@ class Decontaminate:
         text = hashes(found)
         items, runs = _index(self.against, self.most)
         for size, (known, owners) in runs.items():
-            if len(text) < size:
-                continue
             here = grams(text, size)
-            candidates = Counter[int]()
-            first = np.searchsorted(known, here)
-            for place in np.flatnonzero(known[np.minimum(first, len(known) - 1)] == here):
-                last = np.searchsorted(known, here[place], 'right')
-                candidates.update(owners[first[place] : last].tolist())
+            inside = known[np.minimum(np.searchsorted(known, here), len(known) - 1)] == here
+            candidates = Counter(number for run in here[inside].tolist() for number in owners[run])
             for number, count in sorted(candidates.items()):
                 item, held = items[number], None
                 if len(item.of_words) < FUZZY:
@@ -148,36 +137,31 @@ def _close(item: Item, text: np.ndarray, here: np.ndarray, size: int) -> tuple[i
 
 @functools.lru_cache(2)
 def _index(against: tuple[str, ...], most: int) -> Index:
+    """Reads the items; of those that are alike in one evaluation the first."""
     items: list[Item] = []
+    owners: dict[int, dict[int, list[int]]] = {size: {} for size in SIZES}
     for name, texts in _evaluations(against, most):
-        unlike = {tuple(found): number for number, found in reversed([*enumerate(map(words, texts))])}
-        size_of = lambda length: max(min(length // 8, SIZES[-1]), SIZES[0]) if length >= FUZZY else LEAST  # noqa: E731
-        made = []
-        for found, number in sorted(unlike.items(), key=lambda pair: pair[1]):
-            if len(found) >= LEAST:
-                of_words = hashes([*found])
-                made.append((number, found, of_words, np.unique(grams(of_words, size_of(len(found))))))
-        common = Counter(run for *_, runs in made for run in runs.tolist())
-        for number, found, of_words, runs in made:
-            own = np.array([run for run in runs.tolist() if common[run] <= 1 + len(made) // _COMMON], np.uint64)
-            figures = np.unique(hashes([word for word in found if word.isdigit()]))
+        unlike: dict[tuple[str, ...], int] = {}
+        for number, text in enumerate(texts):
+            unlike.setdefault(tuple(words(text)), number)
+        made = [(found, number, hashes(found)) for found, number in unlike.items() if len(found) >= LEAST]
+        runs = [np.unique(grams(of_words, _size(len(of_words)))) for _, _, of_words in made]
+        common = Counter(run for some in runs for run in some.tolist())
+        for (found, number, of_words), some in zip(made, runs, strict=True):
+            own = np.array([run for run in some.tolist() if common[run] <= 1 + len(made) // _COMMON], np.uint64)
             if len(found) < FUZZY:
                 own = grams(of_words, LEAST)[:1]  # of those that must be there anyway
-            if len(own):
-                items.append(Item(name, number, of_words, runs, own, figures))
+            for run in own.tolist():
+                owners[_size(len(found))].setdefault(run, []).append(len(items))
+            figures = np.unique(hashes([word for word in found if word.isdigit()]))
+            items += [Item(name, number, of_words, some, own, figures)] if len(own) else []
     if not items:
         raise InputError('decontaminate: no items to look for')
-    by_size: dict[int, list[tuple[int, int]]] = {size: [] for size in SIZES}
-    for number, item in enumerate(items):
-        by_size[size_of(len(item.of_words))] += [(run, number) for run in item.own.tolist()]
-    return Index(
-        items,
-        {
-            size: (np.array([run for run, _ in pairs], np.uint64), np.array([number for _, number in pairs]))
-            for size, pairs in ((size, sorted(pairs)) for size, pairs in by_size.items())
-            if pairs
-        },
-    )
+    return items, {size: (np.array(sorted(known), np.uint64), known) for size, known in owners.items() if known}
+
+
+def _size(length: int) -> int:
+    return LEAST if length < FUZZY else max(min(length // 8, SIZES[-1]), SIZES[0])
 
 
 def _evaluations(against: tuple[str, ...], most: int) -> Iterator[tuple[str, list[str]]]:

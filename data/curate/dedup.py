@@ -10,14 +10,13 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 
 from data.curate.grams import grams, hashes, jaccard, mixed, text_of, whole, words
-from data.curate.passes import Note, Work, arrays_of, need, save_arrays
+from data.curate.passes import Note, Step, Work, arrays_of, need, save_arrays
 from data.errors import InputError
 from data.files import Record
 from data.sources import Source
@@ -31,7 +30,7 @@ TWINS = 'twins.npz'
 
 
 @dataclass(frozen=True)
-class Dedup:
+class Dedup(Step):
     """Drops records, or paragraphs of records with `text`, that repeat earlier ones.
 
     `similarity` is the least Jaccard similarity of duplicates, 1: none but exact ones, which have the same words in
@@ -43,17 +42,14 @@ class Dedup:
     size: int = 5
     bands: int = 26
     rows: int = 11
-    name: ClassVar[str] = 'dedup'
-    version: ClassVar[int] = 1
+    name = 'dedup'
+    version = 1
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise InputError(f'dedup: level {self.level!r}: expected one of {", ".join(LEVELS)}')
         if not 0 < self.similarity <= 1 or min(self.size, self.bands, self.rows) < 1:
             raise InputError('dedup: expected similarity in (0, 1], and size, bands and rows of at least 1')
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
 
     def begin(self, work: Work) -> None:
         need('rensa')

@@ -6,10 +6,11 @@ import functools
 import importlib.util
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm import tqdm
@@ -54,20 +55,23 @@ class Work:
         return paths
 
 
-class Step(Protocol):
-    """One thing that curation does to the records of a source. Instances go to other processes."""
+@dataclass(frozen=True)
+class Step:
+    """One thing that curation does to the records of a source. Its options are its fields. It is pickled."""
 
     name: ClassVar[str]
     version: ClassVar[int]  # of the code: another one makes other data
 
     def settings(self) -> dict[str, Any]:
         """What else the result depends on, beside the records, JSON-able."""
+        return asdict(self)
 
     def begin(self, work: Work) -> None:
         """Learns in `work.folder` what has to be known of all records before the first is written."""
 
     def apply(self, folder: Path, index: int, record: Record) -> tuple[Record | None, Note | None]:
         """The record as it is to be, None where it is dropped; and what is to be told of it, its `reason` above all."""
+        raise NotImplementedError
 
 
 def curate(
@@ -117,20 +121,11 @@ def curate(
     kept = sum(shard['records'] for shard in shards)
     if not kept:
         raise InputError(f'{output}: none of {len(source)} records is left')
-    reasons = [note['reason'] for note in notes]
-    counts = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    counts = dict(sorted(Counter(note['reason'] for note in notes).items()))
     counted = {'records': len(source), 'characters': sum(shard['characters'] for shard in done), 'kept': kept}
     history = [*told.get('curated', []), {**settings, **counted, 'notes': counts}]
-    metadata = {
-        'records': kept,
-        'tokens': 0,
-        'tokenizer': None,
-        'fingerprint': fingerprint(shards, history),
-        'source': spec,
-        'shards': shards,
-        'curated': history,
-        'begun': begun,
-    }
+    metadata = {'records': kept, 'tokens': 0, 'tokenizer': None, 'source': spec, 'shards': shards, 'begun': begun}
+    metadata |= {'fingerprint': fingerprint(shards, history), 'curated': history}
     result = folder / RESULT
     for shard in done:
         if not shard['shard']['records']:

@@ -7,14 +7,13 @@ spikes in the loss.
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 
 from data.curate.grams import hashes, text_of
-from data.curate.passes import Note, Work
+from data.curate.passes import Note, Step
 from data.errors import InputError
 from data.files import Record
 
@@ -22,7 +21,7 @@ _PIECE = re.compile(r'\w+|[^\w\s]+')  # a rule of dashes is one
 
 
 @dataclass(frozen=True)
-class Repetition:
+class Repetition(Step):
     """Drops records with a run of up to `longest` words that stands `times` times on end or, with `mask`, makes of one
     with `text` a record {prompt, completion} of lists, of which the first saying is learnt and the others are not.
     """
@@ -30,18 +29,12 @@ class Repetition:
     mask: bool = False
     times: int = 32
     longest: int = 13
-    name: ClassVar[str] = 'repetition'
-    version: ClassVar[int] = 1
+    name = 'repetition'
+    version = 1
 
     def __post_init__(self) -> None:
         if self.times < 2 or self.longest < 1:
             raise InputError('repetition: expected times of at least 2, and longest of at least 1')
-
-    def settings(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def begin(self, work: Work) -> None:
-        pass
 
     def apply(self, folder: Path, index: int, record: Record) -> tuple[Record | None, Note | None]:
         if not any(self._runs(hashes(_PIECE.findall(text_of(record))))):
