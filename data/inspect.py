@@ -4,7 +4,7 @@
 
 Steps count from 1, as in metrics.jsonl. The batch is made again from the sources, from the newest checkpoint before
 that step where there is one; weights are not needed. Text that is learnt stands between «»; a place says from which
-source a segment comes, which of its records, and which of the record's tokens.
+source a segment comes, which of its records, which of the record's tokens, and its provenance.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def reopened(folder: Path, step: int, rows: Sequence[int] | None) -> tuple[RowSt
 
 def segments(stream: RowStream, tokenizer: Tokenizer, step: int) -> Iterator[dict[str, Any]]:
     """Of each segment of the batch of `step` (from 1) its row, source, record, which of the record's tokens it holds
-    (begin, end), its text, and the pieces [text, learnt] that this falls into."""
+    (begin, end), its text, the pieces [text, learnt] that this falls into, and any provenance of the record."""
     batch, _ = stream.next(step - 1)
     for i, (row, taken) in enumerate(stream.taken.items()):
         at = 0
@@ -72,7 +72,8 @@ def segments(stream: RowStream, tokenizer: Tokenizer, step: int) -> Iterator[dic
                     pieces.append(([], own))
                 pieces[-1][0].append(token)
             shown = [[tokenizer.decode(some), own] for some, own in pieces]
-            yield {'row': row, **place._asdict(), 'text': tokenizer.decode(tokens), 'pieces': shown}
+            known = {name: x for name, x in stream.record(place).items() if name == 'provenance'}
+            yield {'row': row, **place._asdict(), **known, 'text': tokenizer.decode(tokens), 'pieces': shown}
             at += size
 
 
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(segment))
                 continue
             place = f'{segment["source"]}, record {segment["record"]}, tokens {segment["begin"]} to {segment["end"]}'
-            print(f'--- row {segment["row"]}: {place}')
+            known = f', {json.dumps(segment["provenance"])}' if 'provenance' in segment else ''
+            print(f'--- row {segment["row"]}: {place}{known}')
             print(''.join(f'«{text}»' if learnt else text for text, learnt in segment['pieces']))
     except (InputError, ValueError) as error:
         print(f'data.inspect: {error}', file=sys.stderr)

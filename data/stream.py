@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from data.errors import InputError
+from data.files import Record
 from data.mixture import Mixture, validate_mixture, weights_at
 from data.packing import Batch, RowWriter, empty_batch
 from data.rows import Order, Row, Taken, broken_metrics, untold
@@ -122,6 +123,10 @@ class RowStream:
     def taken(self) -> dict[int, list[Taken]]:
         """What each row of the last batch is made of, segment by segment."""
         return {number: row.taken for number, row in self._rows.items()}
+
+    def record(self, place: Taken) -> Record:
+        """The record that a segment is of."""
+        return self._orders[place.source].source[place.record]
 
     @property
     def events(self) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from text import small_tokenizer
 from data.errors import InputError
 from data.inspect import describe, main, reopened, segments
 from data.packing import encode_record
+from data.prepare import prepare
 from data.sources import open_source
 from data.stream import RowStream
 
@@ -71,6 +72,23 @@ def test_the_command(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith('--- row 0: ') and 'record' in said and '«' in said
     assert main([str(stage), '--step=4', '--rows=0', '--json']) == 0
     assert all(json.loads(line)['row'] == 0 for line in capsys.readouterr().out.splitlines())
+
+
+def test_provenance_is_shown_of_text_and_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_tokenizer().save(tmp_path / 'tokenizer')
+    origin = {'source': 'web', 'licence': 'CC0', 'transforms': ['dedup 1']}
+    records = [{'text': f'text {i}', 'provenance': {**origin, 'scores': {'quality': i}}} for i in range(4)]
+    (tmp_path / 'in.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    for name, words in (('text', ''), ('tokens', str(tmp_path / 'tokenizer'))):
+        prepare({'type': 'jsonl', 'path': str(tmp_path / 'in.jsonl')}, tmp_path / name, words)
+        (tmp_path / f'stage-{name}').mkdir()
+        sources = {'web': {'type': 'arrayrecord', 'path': str(tmp_path / name)}}
+        describe(tmp_path / f'stage-{name}', sources, ((0.0, {'web': 1.0}),), split_documents=True, **SETTINGS)
+        stream, tokenizer = reopened(tmp_path / f'stage-{name}', 1, None)
+        for segment in segments(stream, tokenizer, 1):
+            assert segment['provenance'] == records[segment['record']]['provenance']
+        assert main([str(tmp_path / f'stage-{name}'), '--step=1', '--rows=0']) == 0
+        assert '"licence": "CC0", "transforms": ["dedup 1"]' in capsys.readouterr().out
 
 
 def test_what_cannot_be_shown_is_one_line(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:

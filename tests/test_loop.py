@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from configs.base import add_stage
 from data.errors import InputError
 from data.mixture import as_dict
 from data.packing import Batch, RowWriter, empty_batch, encode_record
+from data.prepare import prepare
 from data.stream import State as StreamState
 from data.tasks import Prompt, Verdict, final_answer
 from model.adapters import merge_adapters
@@ -146,6 +148,29 @@ def test_a_new_kind_is_one_registration_and_an_appended_stage_runs_alone(run: An
     # And a config that has never heard of it leaves it in the record.
     run('pretrain', light=True)()
     assert {s['name'] for s in read_json(workdir / 'lineage.json')['stages']} == {'pretrain', 'forget'}
+
+
+def test_no_stage_outlives_a_fix_of_its_data(run: Any, tmp_path: Path) -> None:
+    """The fingerprint of the records is in every checkpoint, and with other records in their place nothing goes on."""
+
+    def prepared(words: str) -> str:
+        shutil.rmtree(tmp_path / 'records', ignore_errors=True)
+        (tmp_path / 'in.jsonl').write_text(json.dumps({'text': words * 40}) + '\n')
+        made = prepare({'type': 'jsonl', 'path': str(tmp_path / 'in.jsonl')}, tmp_path / 'records')
+        return str(made['fingerprint'])
+
+    def settings(config: ConfigDict) -> None:
+        config.sources.records = ConfigDict({'type': 'arrayrecord', 'path': str(tmp_path / 'records')})
+        config.stages.pretrain.update(mixture=((0.0, {'records': 1.0}),), steps=2)
+
+    made = prepared('some words ')
+    run('pretrain', settings=settings, light=True)()
+    metadata = next((tmp_path / 'work' / 'pretrain' / 'checkpoints').glob('*/metadata/metadata'))
+    assert read_json(metadata)['data'] == {'records': made}
+    run('pretrain', settings=settings, light=True)()
+    prepared('other words ')
+    with pytest.raises(InputError, match=f"data.records = '{made}', the config now says"):
+        run('pretrain', settings=settings, light=True)()
 
 
 def test_a_finished_stage_with_other_settings_is_refused_and_nothing_lost(run: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 from data.errors import InputError, did_you_mean
@@ -42,6 +43,14 @@ def records_needed(stage: Mapping[str, Any], sources: Mapping[str, Any]) -> list
     named = sources_of(stage.get('mixture', ())) | {stage.get('source', '')}
     specs = [sources[name] for name in sorted(named) if name in sources]
     return [str(spec.get('name', '')) for spec in specs if spec.get('type') == 'stage']
+
+
+def data_fingerprints(stage: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str, str]:
+    """Of the folders of records that a stage draws on, what `data.prepare` or `data.curate` says is in them."""
+    named = sources_of(stage.get('mixture', ())) | {stage.get('source', '')}
+    specs = {name: sources[name] for name in sorted(named) if name in sources}
+    paths = {name: Path(x['path']) / 'metadata.json' for name, x in specs.items() if x.get('type') == 'arrayrecord'}
+    return {name: read_json(path).get('fingerprint', '') for name, path in paths.items() if path.is_file()}
 
 
 def stages_needed(stage: Mapping[str, Any], sources: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from model.transformer import Model, Variables, subtree
 from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
 from train.edges import (
     check_edges,
+    data_fingerprints,
     differences,
     edges,
     is_folder,
@@ -207,6 +208,7 @@ class Run:
             'evaluations': json.loads(json.dumps(as_dict(self.config['evaluations']))),
             'mesh': dict(self.mesh.shape),
             'tokenizer': self.tokenizer.fingerprint,
+            'data': data_fingerprints(self.stages[name], self.config['sources']),
         }
 
     def _seed(self, name: str) -> int:
@@ -224,8 +226,8 @@ class Run:
         kept, now = read_json(folder / 'config.json'), self.record(name)
         kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
         kept['stage'] = {**json.loads(json.dumps(stage_defaults(now['stage']['kind']))), **kept['stage']}
-        for field in ('model', 'stage', 'seed', 'tokenizer'):
-            different = differences(kept.get(field), now[field], field)
+        for field in ('model', 'stage', 'seed', 'tokenizer', 'data'):
+            different = differences(kept.get(field, now[field]), now[field], field)
             if different:
                 path, old, new = different[0]
                 raise InputError(
@@ -342,7 +344,8 @@ class Run:
     def _metadata(self, name: str) -> dict[str, Any]:
         """What each checkpoint of a stage says of its origin."""
         parent = ', '.join(parents(self.stages[name]))
-        return {'stage': name, 'parent': parent, 'tokenizer': self.tokenizer.fingerprint}
+        data = data_fingerprints(self.stages[name], self.config['sources'])
+        return {'stage': name, 'parent': parent, 'tokenizer': self.tokenizer.fingerprint, 'data': data}
 
     def _start(self, name: str, model: Model, optimizer: Any, fresh: bool) -> tuple[State, dict[str, Any]]:
         """The state a stage begins with, and the metadata of the checkpoint it comes from.
