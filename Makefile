@@ -1,5 +1,6 @@
 # Everything runs from a virtual environment in .venv, which the first command below sets up.
 #   PYTHON=python3.12   another interpreter (3.11 or newer)     WORKDIR=DIR   where `make demo` writes
+#   RECORDS=DIR          published records for `make records`
 #   ARGS="-k tokenizer" further arguments for the tests         VENV=DIR      another place for the environment
 #   JOBS=4              how many tests at once
 
@@ -9,6 +10,7 @@ WORKDIR ?= runs/demo
 CONFIG ?= configs/demo.py
 ARGS ?=
 JOBS ?= 2
+RECORDS ?=
 
 run := $(VENV)/.installed-run
 tests := $(VENV)/.installed-test
@@ -16,10 +18,11 @@ python := $(VENV)/bin/python
 # Two processes, a file of tests in one of them, as tests of a file share compiled programs.
 pytest := JAX_PLATFORMS=cpu $(python) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-.PHONY: help demo test test-slow test-newest lint clean cut-off
+.PHONY: help demo records test test-slow test-newest lint clean cut-off
 
 help:
 	@echo 'make demo         train a small model through its whole life here (some 15 minutes) and write the report'
+	@echo 'make records      curate published records in the folder RECORDS=DIR, train on them, show what a step saw'
 	@echo 'make test         the fast tests'
 	@echo 'make test-slow    the other tests'
 	@echo 'make test-newest  the fast tests on the newest Python and JAX at hand, in an environment of their own'
@@ -28,6 +31,27 @@ help:
 
 demo: $(run)
 	@$(python) -m train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+# Duplicates dropped (of the encyclopaedia, one long text, in paragraphs), then what is in GSM8K's or MATH's tests.
+records: $(tests)
+	@test -d "$(RECORDS)" || { echo 'make records: RECORDS=DIR: expected the folder with the records' >&2; exit 1; }
+	@$(call curate,c4,pretrain/c4_en_train.jsonl.gz,ODC-BY-1.0,)
+	@$(call curate,wikipedia,pretrain/wikipedia_demo_30.txt.gz,CC-BY-SA,--level=paragraph)
+	@$(call curate,gsm8k,midtrain/gsm8k_train.jsonl.gz,MIT,--field='{question} {answer}')
+	@$(call curate,math,midtrain/math_test_5000.jsonl.gz,MIT,--field='{context} {chain_of_thought}')
+	@$(call curate,oasst,sft/oasst_en_100_trees.jsonl.gz,Apache-2.0,$(tree))
+	@$(python) -m train --config=configs/records.py:$(curated) --workdir=$(curated)/run
+	@$(python) -m data.inspect $(curated)/run/midtrain --step=10 --rows=0,1
+
+tree := --field='User: {prompt[text]} Assistant: {prompt[replies][0][text]}'
+curated := runs/records
+# $(call curate,NAME,FILE,LICENCE,OPTIONS)
+define curate
+set -e; \
+$(python) -m data.curate dedup --input=$(RECORDS)/$(2) --licence=$(3) --output=$(curated)/unlike/$(1) $(4); \
+$(python) -m data.curate decontaminate --input=$(curated)/unlike/$(1) --output=$(curated)/$(1) \
+  --against $(RECORDS)/eval/gsm8k_test.jsonl.gz $(RECORDS)/eval/math500.jsonl.gz
+endef
 
 test: $(tests)
 	@$(pytest) -m 'not slow' $(ARGS)

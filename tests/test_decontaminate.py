@@ -142,5 +142,9 @@ def test_published_records():
     hits = dict(zip(problems, found(step, problems), strict=True))
     assert sum(bool(hits[p]) for p in problems if same(p) in planted) >= 0.99 * len(planted)
     assert sum(bool(hits[p]) for p in problems if same(p) not in planted) <= 0.02 * len(problems)
+    rng = random.Random(0)
+    for name, field in (('gsm8k_test', 'question'), ('math500', 'problem')):
+        texts = [edited(record[field], rng) for record in load(f'eval/{name}') if len(words(record[field])) > 2 * FUZZY]
+        assert sum(map(bool, found(step, texts))) >= 0.93 * len(texts)
     assert sum(map(bool, found(step, [r['question'] for r in load('midtrain/gsm8k_train')]))) <= 7
     assert not any(found(step, [r['text'] for r in load('pretrain/c4_en_train')]))

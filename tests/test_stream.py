@@ -16,7 +16,7 @@ from ml_collections import FrozenConfigDict
 from data.errors import InputError
 from data.mixture import validate_mixture, weights_at
 from data.rows import Order
-from data.stream import Prefetch, RowStream
+from data.stream import Prefetch, RowStream, merged
 from tests.text import small_tokenizer, token_records
 
 ONE = ((0.0, {'a': 1.0}),)
@@ -132,6 +132,36 @@ class TestResume:
         part.restore(whole[3][1])
         for step in range(4, 10):
             np.testing.assert_array_equal(part.next(step)[0]['tokens'], whole[step][0]['tokens'][2:])
+
+    @pytest.mark.parametrize('processes', [1, 2, 4])
+    def test_another_schedule_from_the_middle_on(self, processes):
+        """What came before stays as it was, and what comes is the same for any number of processes."""
+        sources = {'a': token_records([5] * 30), 'b': token_records([7] * 30, first=100)}
+        now, then = ({'a': 0.9, 'b': 0.1}, {'a': 0.1, 'b': 0.9})
+        parts = [range(4)[i::processes] for i in range(processes)]
+
+        def streams(mixture):
+            return [make(sources, mixture, rows_here=rows) for rows in parts]
+
+        def joined(streams, begin, end):
+            """Batches of all processes, rows in their order, and the merged states."""
+            made = [take(stream, begin, end) for stream in streams]
+            rows = np.argsort(np.concatenate(parts))
+            return [
+                (np.concatenate([batch['tokens'] for batch, _ in step])[rows], merged([state for _, state in step]))
+                for step in zip(*made, strict=True)
+            ]
+
+        before = joined(streams(((0.0, now),)), 0, 10)
+        changed = streams(((0.0, now), (0.5, then)))
+        for stream in changed:
+            stream.restore(before[4][1])
+        after = joined(changed, 5, 10)
+        whole = [(batch['tokens'], state) for batch, state in take(make(sources, ((0.0, now), (0.5, then))), 0, 10)]
+        for (tokens, state), (expected, expected_state) in zip(before[:5] + after, whole, strict=True):
+            np.testing.assert_array_equal(tokens, expected)
+            assert state == expected_state
+        assert any((tokens != old).any() for (tokens, _), (old, _) in zip(after, before[5:], strict=True))
 
     def test_states_do_not_change_behind_ones_back(self):
         stream = mixed()
