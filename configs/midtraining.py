@@ -4,12 +4,17 @@ python -m train --config=configs/midtraining.py --workdir=runs/trunk
 python -m train.sweep --config=configs/midtraining.py:decay --workdir=runs/decay
 python -m train.sweep --config=configs/midtraining.py:value --workdir=runs/value
 python -m train --config=configs/midtraining.py:merge --workdir=runs/merge
+python -m train.sweep --config=configs/midtraining.py:extend --workdir=runs/extend
+python -m train.sweep --config=configs/midtraining.py:few --workdir=runs/few
 python -m train.sweep --config=configs/midtraining.py:placement --workdir=runs/placement
 
   decay      the last 2.5, 5, 10 or 20% of the trunk's steps taken with the learning rate going to zero instead
   value      a source valued by a short anneal on 30% of it (Blakeney et al. 2024; OLMo 2, section 4.4, "microanneal"):
              word problems of which 0, 25, 50 or 75% of the words are spoilt, and the usual mixture as control
   merge      three anneals that differ in the order of the data, and their average; three times
+  extend     four times the context in 12 steps of 4,096 tokens, 4.8% of the trunk's: positions as they were, with a
+             larger base (bloc97 2023, "NTK-aware"), or YaRN (Peng et al. 2023)
+  few        50 steps on 32 worked problems, on 960 of which a quarter of the words are spoilt, or on 960 good ones
   placement  a tenth of a run on word problems, or on random letters: first, all along, or last
 """
 
@@ -26,7 +31,16 @@ STEPS = 1000  # of the trunk
 TRUNK = 'runs/trunk/trunk'
 DECAYS = (0.025, 0.05, 0.1, 0.2)
 SPOILT = (0.0, 0.25, 0.5, 0.75)
-VARIANTS = ('', 'decay', 'value', 'merge', 'placement')
+VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement')
+CONTEXT, LONG = 128, 512
+BASE = 500.0  # of the rotary embedding
+EXTENSIONS: dict[str, dict[str, float]] = {
+    'unchanged': {},
+    'larger base': {'rope_theta': BASE * (LONG / CONTEXT) ** (16 / 14)},  # 16 dimensions are rotated
+    'YaRN': {'rope_factor': LONG / CONTEXT},
+}
+FEW, MANY = 32, 960
+GIVEN: dict[str, tuple[int, float]] = {'few good': (FEW, 0.0), 'many spoilt': (MANY, 0.25), 'many good': (MANY, 0.0)}
 SHORT = 600  # steps of a run of `placement`
 PLACES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     'first': lambda source: ((0.0, {source: 1.0}), (0.1, {'text': 1.0})),
@@ -38,7 +52,7 @@ PLACES: dict[str, Callable[[str], tuple[Any, ...]]] = {
 def get_config(variant: str = '') -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f'configs/midtraining.py:{variant}: expected one of {", ".join(VARIANTS[1:])}, or none')
-    config = small('midtraining', 128)
+    config = small('midtraining', CONTEXT)
     config.tokenizer.update(sources=('text', 'stories'), vocab_size=1024)
     config.model.update(hidden_size=64, num_hidden_layers=2, n_routed_experts=4)
     text = {'type': 'stdlib', 'piece': 2000}
@@ -74,6 +88,15 @@ def get_config(variant: str = '') -> ConfigDict:
             for i, name in enumerate(names):
                 add_stage(config, name, 'midtrain', parent=f'{TRUNK}@900', steps=100, seed=3 * group + i, **anneal)
             add_stage(config, f'merged_{group}', 'merge', parents=names, evaluations=common['evaluations'])
+    elif variant == 'extend':
+        model: dict[str, Any] = {'max_position_embeddings': LONG, 'rope_theta': BASE, 'rope_factor': 1.0}
+        longer: dict[str, Any] = {'sequence_length': LONG, 'evaluations': ('prose', 'long'), 'model': model}
+        config.evaluations.long = {**config.evaluations.prose, 'length': LONG}
+        add_stage(config, 'extend', 'midtrain', parent=TRUNK, steps=12, **{**anneal, **longer})
+    elif variant == 'few':
+        config.sources.candidate.source = {**stories, 'records': MANY}
+        mixture = ((0.0, {'candidate': 1.0}),)
+        add_stage(config, 'tune', 'midtrain', parent=TRUNK, steps=50, **{**anneal, 'mixture': mixture})
     else:
         add_stage(config, 'run', 'pretrain', steps=SHORT, save_every=SHORT, **common)
     return config
@@ -92,6 +115,12 @@ def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None
                 mixture = ((0.0, {'text': 0.7, 'candidate': 0.3}),)
                 changes = {'sources.candidate.share': share, 'stages.anneal.mixture': mixture}
                 add({**changes, 'seed': seed}, f'{100 * share:g}% spoilt')
+        elif variant == 'extend':
+            for name, fields in EXTENSIONS.items():
+                add({**{f'stages.extend.model.{field}': value for field, value in fields.items()}, 'seed': seed}, name)
+        elif variant == 'few':
+            for name, (count, share) in GIVEN.items():
+                add({'sources.candidate.source.records': count, 'sources.candidate.share': share, 'seed': seed}, name)
         elif variant == 'placement':
             add({'stages.run.mixture': ((0.0, {'text': 1.0}),), 'seed': seed}, 'control')
             for source in ('stories', 'letters'):

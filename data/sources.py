@@ -71,19 +71,22 @@ class TaskSource:
     ('completion'), or as chats; as answers themselves, to whoever asks for a problem ('proposal'); with a better and a
     worse answer ('pair'); or an answer's critique and, every second time, its revision ('revision')."""
 
-    endless = True
-
-    def __init__(self, name: str, split: str = 'train', format: str = 'text', **options: Any):
-        """`options` go to the task. Raises InputError for an unknown task, split, option or format."""
+    def __init__(self, name: str, split: str = 'train', format: str = 'text', records: int = 0, **options: Any):
+        """`records`: the first so many problems, again and again; 0: new ones without end. `options` go to the task.
+        Raises InputError for an unknown task, split, option or format, and for a number that is none."""
+        if type(records) is not int or records < 0:
+            raise InputError(f'source task: records {records!r}: expected 0 (without end) or more')
         if format not in FORMATS:
             raise InputError(f'source task: format {format!r}{did_you_mean(format, FORMATS)}')
         self.task = get_task(name, split=split, **options)
         able, what, self._record = FORMATS[format]
         if not isinstance(self.task, able):
             raise InputError(f'source task: format {format!r}: expected a task that {what}, not {name!r}')
+        self.endless = not records
+        self._records = records or ENDLESS
 
     def __len__(self) -> int:
-        return ENDLESS
+        return self._records
 
     def __getitem__(self, index: int) -> Record:
         prompt = self.task.prompt(index)
@@ -139,7 +142,8 @@ def open_source(spec: Any) -> Source:
 
       stdlib                        split, piece (characters a record; 0: whole files)
       stdlib_instructions           split
-      task                          name, split, format (text, completion, chat or proposal), and the task's own options
+      task                          name, split, format (text, completion, chat or proposal), records (how many
+                                    problems; 0: without end), and the task's own options
       repeats                       words, strings
       noisy                         source (another such mapping), kind (shuffled, random or repeated), share
       jsonl, arrayrecord, parquet   path (a file or a glob), field, broken (how many records that cannot be read a run

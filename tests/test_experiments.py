@@ -46,7 +46,14 @@ def test_the_principle_is_the_one_that_the_critic_was_taught() -> None:
 
 @pytest.mark.parametrize(
     ('file', 'variant', 'count'),
-    [(spikes, '', 9), (midtraining, 'decay', 12), (midtraining, 'value', 15), (midtraining, 'placement', 21)],
+    [
+        (spikes, '', 9),
+        (midtraining, 'decay', 12),
+        (midtraining, 'value', 15),
+        (midtraining, 'extend', 9),
+        (midtraining, 'few', 9),
+        (midtraining, 'placement', 21),
+    ],
 )
 def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_path: Path) -> None:
     """Stages that have no parent in a run of another config, as that would have to be trained before."""

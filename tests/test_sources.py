@@ -81,6 +81,14 @@ class TestOpen:
         answer = open_source(kind({'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'format': 'completion'}))
         assert answer[5]['prompt'] + answer[5]['completion'] == text[5]['text']
 
+    def test_a_task_may_have_few_problems(self):
+        few, endless = (open_source({'type': 'task', 'name': 'arithmetic', 'records': n}) for n in (3, 0))
+        assert [len(few), few.endless, endless.endless] == [3, False, True]
+        assert [few[i] for i in range(3)] == [endless[i] for i in range(3)]
+        for wrong in (-1, 1.5, True):
+            with pytest.raises(InputError, match='^source task: records .*: expected 0'):
+                open_source({'type': 'task', 'name': 'arithmetic', 'records': wrong})
+
     def test_proposals_are_answers(self):
         """What asks for a problem is answered by one of the training split."""
         pair = open_source({'type': 'task', 'name': 'letters', 'format': 'pair'})[5]
