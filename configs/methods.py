@@ -213,6 +213,46 @@ def _proposals(config: ConfigDict) -> None:
         add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=150, **rl)
 
 
+def _flywheel(config: ConfigDict) -> None:
+    """A turn of reinforcement learning, mid-training on what it wrote, a second turn: do its right answers help more
+    than all its answers, or than none?"""
+    sums: dict[str, Any] = {'name': 'arithmetic', 'digits': 1, 'max_value': 10, 'worked': True}
+    hard: dict[str, Any] = {**sums, 'operations': (4, 5)}
+    config.tokenizer.update(sources=('easy',), vocab_size=288)
+    config.sources.update(
+        easy={'type': 'task', 'format': 'chat', **sums, 'operations': (1, 3)},
+        hard={'type': 'task', 'format': 'chat', **hard},
+    )
+    judged: dict[str, Any] = {'type': 'task', 'task': hard, 'items': 256, 'max_tokens': 48}
+    config.evaluations.update(hard={**judged, 'samples': 4, 'temperature': 1.0}, hard_greedy=judged)
+    for seed in SEEDS:
+        shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 128, 'evaluations': tuple(config.evaluations)}
+        taught = ((0.0, {'easy': 0.75, 'hard': 0.25}),)
+        start = f'start_{seed}'
+        add_stage(config, start, 'sft', steps=200, batch_size=16, mixture=taught, **shaped)
+        turn: dict[str, Any] = {
+            **shaped,
+            'task': hard,
+            'steps': 80,
+            'prompts': 16,
+            'samples': 8,
+            'temperature': 1.2,
+            'batch_size': 160,
+            'microbatches': 4,
+            'max_tokens': 48,
+            'optimizer': {**ADAM, 'learning_rate': 0.0002},
+        }
+        for arm in ('none', 'all', 'right'):
+            first, mixture = f'{arm}_{seed}', {'easy': 1.0}
+            if arm != 'none':
+                add_stage(config, first, 'grpo', parent=start, records=arm, **turn)
+                config.sources[first] = {'type': 'stage', 'name': first}
+                mixture = {'easy': 0.5, first: 0.5}
+            fields = {**shaped, 'parent': start, 'mixture': ((0.0, mixture),), 'optimizer': {'learning_rate': 0.005}}
+            add_stage(config, f'mid_{arm}_{seed}', 'midtrain', steps=80, batch_size=16, **fields)
+            add_stage(config, f'again_{arm}_{seed}', 'grpo', parent=f'mid_{arm}_{seed}', **turn)
+
+
 VARIANTS = {
     'sudoku': _sudoku,
     'code': _code,
@@ -220,4 +260,5 @@ VARIANTS = {
     'stories': _stories,
     'nim': _nim,
     'proposals': _proposals,
+    'flywheel': _flywheel,
 }
