@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from model.backend import platform
 from model.cache import Entries
 from model.layers import Module, rotate, softmax_scale
-from model.sharding import constrain, per_device, splits
+from model.sharding import constrain, mesh_in_use, partition_spec, per_device, splits
 from model.splash import splash_attention
 
 MASKED = -1e30  # finite, so that a row with nothing to attend to gives no NaN
@@ -22,6 +23,7 @@ LATENT_EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps is: so it 
 
 # Logical axes of arrays over tokens [B, T, D], and over tokens and heads [B, T, H, D].
 TOKENS, HEADS = ('batch', 'length', None), ('batch', 'length', 'heads', None)
+LARGEST = 'largest_logits'  # the collection in which layers leave what QK-clip has to know, for those who ask for it
 
 
 def attend(
@@ -53,6 +55,31 @@ def attend(
     offset = lax.axis_index(along) * length if along else None
     mixed = _attend(grouped, key.swapaxes(1, 2), value.swapaxes(1, 2), segments, offset)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+
+
+def largest_logits(
+    query: jax.Array,
+    key: jax.Array,
+    segments: tuple[jax.Array, jax.Array],
+    scale: float,
+    along: tuple[str, ...],
+    over: tuple[str, ...],
+) -> jax.Array:
+    """The largest logit of each head over the pairs of tokens in which one sees the other: float32 [H].
+
+    Arguments as of `attend`, and `over`: the mesh axes over which rows and queries are split. No gradient comes of it.
+    No kernel of attention tells this number, so all logits are computed a second time.
+    """
+    grouped = lax.stop_gradient(query * scale).reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    grouped, key = grouped.transpose(0, 2, 3, 1, 4), lax.stop_gradient(key).swapaxes(1, 2)
+    seen = (jnp.where(segments[0] > 0, segments[0], -1), segments[1])  # padding sees nothing here
+    offset = lax.axis_index(along) * query.shape[1] if along else None
+    found = []
+    for chunk in _chunks(query.shape[1], offset, key.shape[2]):
+        logits = _logits(grouped, key, seen, offset, chunk)
+        found.append(logits.reshape(*grouped.shape[:3], -1, chunk[2]).max((0, 3, 4)))
+    largest = functools.reduce(jnp.maximum, found).reshape(-1)
+    return lax.pmax(largest, over) if over else largest
 
 
 # The way without a kernel. Queries are taken in chunks, each against the keys up to its own end, so that much of the
@@ -167,7 +194,45 @@ def attend_cached(
     return weights[..., :-1], weights[..., -1:]
 
 
-class LatentAttention(Module):
+class Attention(Module):
+    """What both kinds share: attention on each device and, where it is asked for, the largest logit of each head."""
+
+    @property
+    def asked(self) -> bool:
+        return self.is_mutable_collection(LARGEST) and not self.is_initializing()
+
+    @property
+    def over(self) -> tuple[str, ...] | None:
+        """The mesh axes that split no heads, None if nobody asks."""
+        split = splits('heads', self.config.num_attention_heads)
+        return tuple(a for a, size in mesh_in_use().items() if size > 1 and a not in split) if self.asked else None
+
+    @property
+    def by_head(self) -> PartitionSpec | None:
+        """How what is known of each head is split over the mesh."""
+        heads = self.config.num_attention_heads
+        return partition_spec((heads,), ('heads',), mesh_in_use()) if self.asked and mesh_in_use() else None
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segments: tuple[jax.Array, jax.Array],
+        along: tuple[str, ...],
+        over: tuple[str, ...] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What each device makes of its share: `attend`, and `largest_logits` unless `over` is None."""
+        scale = softmax_scale(self.config)
+        mixed = attend(query, key, value, segments, scale, along)
+        return mixed, None if over is None else largest_logits(query, key, segments, scale, along, over)
+
+    def leave(self, largest: jax.Array | None) -> None:
+        if largest is not None:
+            self.sow(LARGEST, 'heads', largest, reduce_fn=lambda _, x: x, init_fn=lambda: None)
+
+
+class LatentAttention(Attention):
     """Multi-head latent attention (DeepSeek-V2, section 2.1; equations 37 to 47 of its appendix).
 
     Keys and values of all heads are expanded from one normed latent of kv_lora_rank numbers, beside one rotated key
@@ -201,9 +266,10 @@ class LatentAttention(Module):
         entries = {'latent': jnp.concatenate([latent, k_rope], axis=-1)}
 
         if cache is None:
-            own = functools.partial(self._expand_and_attend, along=splits('length', x.shape[1]))
-            mix = per_device(own, (HEADS, TOKENS, TOKENS, (None, 'heads', None), TOKENS[:2]), 0)
-            mixed = mix(jnp.concatenate([q_nope, q_rope], axis=-1), latent, k_rope, kv_up, segments)
+            own = functools.partial(self._expand_and_attend, along=splits('length', x.shape[1]), over=self.over)
+            mix = per_device(own, (HEADS, TOKENS, TOKENS, (None, 'heads', None), TOKENS[:2]), (0, self.by_head))
+            mixed, largest = mix(jnp.concatenate([q_nope, q_rope], axis=-1), latent, k_rope, kv_up, segments)
+            self.leave(largest)
         else:
             assert valid is not None
             kv_up = kv_up.astype(x.dtype)
@@ -227,7 +293,8 @@ class LatentAttention(Module):
         kv_up: jax.Array,
         segments: jax.Array,
         along: tuple[str, ...],
-    ) -> jax.Array:
+        over: tuple[str, ...] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
         """One device's queries over all keys. Where the length is split, what the devices gather are the latents, some
         hundred numbers a token (a ring would hide no more than that behind its many steps); each expands them."""
         nope, keys = self.config.qk_nope_head_dim, segments
@@ -236,10 +303,10 @@ class LatentAttention(Module):
         expanded = jnp.einsum('btr,rhd->bthd', latent, kv_up.astype(latent.dtype))
         shared = jnp.broadcast_to(k_rope[:, :, None], (*expanded.shape[:3], k_rope.shape[-1]))
         key = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
-        return attend(query, key, expanded[..., nope:], (segments, keys), softmax_scale(self.config), along)
+        return self.attend(query, key, expanded[..., nope:], (segments, keys), along, over)
 
 
-class GroupedQueryAttention(Module):
+class GroupedQueryAttention(Attention):
     """Grouped-query attention (Ainslie et al. 2023); one key-value head is multi-query, as many as heads multi-head."""
 
     @nn.compact
@@ -258,8 +325,10 @@ class GroupedQueryAttention(Module):
         value = project('v_proj', groups)
         output = self.weight('o_proj', (heads, width, c.hidden_size), ('heads', None, 'embed'), inputs=2)
         if cache is None:
-            own = functools.partial(self._attend, along=splits('length', x.shape[1]))
-            mixed = per_device(own, (HEADS, HEADS, HEADS, TOKENS[:2]), 0)(query, key, value, segments)
+            own = functools.partial(self._gather_and_attend, along=splits('length', x.shape[1]), over=self.over)
+            mix = per_device(own, (HEADS, HEADS, HEADS, TOKENS[:2]), (0, self.by_head))
+            mixed, largest = mix(query, key, value, segments)
+            self.leave(largest)
         else:
             assert valid is not None
             grouped = query[:, 0].reshape(-1, groups, heads // groups, width)
@@ -268,10 +337,16 @@ class GroupedQueryAttention(Module):
             mixed = (mixed + present.astype(value.dtype) * value[:, 0, :, None]).reshape(-1, 1, heads, width)
         return jnp.einsum('bthv,hvm->btm', mixed, output), {'key': key, 'value': value}
 
-    def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, along: tuple[str, ...]
-    ) -> jax.Array:
+    def _gather_and_attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        segments: jax.Array,
+        along: tuple[str, ...],
+        over: tuple[str, ...] | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
         keys = segments
         if along:
             key, value, keys = (lax.all_gather(x, along, axis=1, tiled=True) for x in (key, value, segments))
-        return attend(query, key, value, (segments, keys), softmax_scale(self.config), along)
+        return self.attend(query, key, value, (segments, keys), along, over)

@@ -207,6 +207,7 @@ class Output:
         entries: what the tokens add to the cache, stacked [layers, B, T, ...].
         chunk: tokens whose logits exist at one time.
         value_head: float32 [D], None where the model has none.
+        largest_logits: of attention, by the paths of layers, float32 [layers, heads]; None where nobody asked.
     """
 
     hidden: jax.Array
@@ -219,6 +220,7 @@ class Output:
     entries: dict[str, jax.Array]
     chunk: int = dataclasses.field(metadata={'static': True})
     value_head: jax.Array | None = None
+    largest_logits: Any = None
 
     @property
     def logits(self) -> jax.Array:

@@ -116,7 +116,7 @@ def per_device(function: Callable[..., Any], arguments: Sequence[Axes], results:
     Args:
         arguments: logical axes of each argument.
         results: for each result (a tree of them where the function returns one) the number of the argument whose
-            dimensions are split alike, or None where the result is the same on every device.
+            dimensions are split alike, None where the result is the same on every device, or its spec.
     """
     sizes = mesh_in_use()
     if not sizes:
@@ -124,7 +124,11 @@ def per_device(function: Callable[..., Any], arguments: Sequence[Axes], results:
 
     def call(*values: jax.Array) -> Any:
         specs = tuple(partition_spec(x.shape, axes, sizes) for x, axes in zip(values, arguments, strict=True))
-        given = jax.tree.map(lambda n: PartitionSpec() if n is None else specs[n], results, is_leaf=lambda n: n is None)
+
+        def spec(n: int | PartitionSpec | None) -> PartitionSpec:
+            return specs[n] if isinstance(n, int) else n or PartitionSpec()
+
+        given = jax.tree.map(spec, results, is_leaf=lambda n: n is None or isinstance(n, PartitionSpec))
         return jax.shard_map(function, in_specs=specs, out_specs=given, check_vma=False)(*values)
 
     return call

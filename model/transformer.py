@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from model.attention import Entries, GroupedQueryAttention, LatentAttention
+from model.attention import LARGEST, Entries, GroupedQueryAttention, LatentAttention
 from model.cache import Cache
 from model.config import ModelConfig
 from model.experts import MixtureOfExperts, Statistics, updated_bias
@@ -160,7 +160,7 @@ def _stack(config: ModelConfig, count: int, remat: str) -> Any:
         block = nn.remat(Block, prevent_cse=not config.scan_layers, policy=_policy(remat))
     return nn.scan(
         block,
-        variable_axes={'params': 0, 'balance': 0},
+        variable_axes={'params': 0, 'balance': 0, LARGEST: 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
         length=count,
@@ -203,6 +203,7 @@ class Model:
         valid: jax.Array | None = None,
         multi_token: bool = False,
         expert_ids: jax.Array | None = None,
+        largest_logits: bool = False,
     ) -> Output:
         """Runs the network.
 
@@ -218,6 +219,7 @@ class Model:
             expert_ids: int32 [B, T, layers, k], as `Output.expert_ids` gives them: the experts that tokens are sent to
                 in the trunk, whatever its routers would choose, weighed by the routers' scores; -1 where a token is to
                 choose as ever. Loads count what was used.
+            largest_logits: also say of each head how large the logits of attention get (see `model.clip`).
 
         Raises:
             ValueError: tokens or expert_ids of another shape.
@@ -232,7 +234,10 @@ class Model:
         if expert_ids is not None and expert_ids.shape != expected:
             raise ValueError(f'expert_ids have shape {expert_ids.shape}: expected {expected}')
         given = (tokens, positions, segments, jnp.asarray(temperature, jnp.float32), cache, valid, expert_ids)
-        return Transformer(self.config).apply(variables, *given, multi_token)  # type: ignore[return-value]
+        if not largest_logits:
+            return Transformer(self.config).apply(variables, *given, multi_token)  # type: ignore[return-value]
+        output, left = Transformer(self.config).apply(variables, *given, multi_token, mutable=[LARGEST])
+        return dataclasses.replace(output, largest_logits=left[LARGEST])  # type: ignore[type-var]
 
     def in_parts(self, variables: Variables) -> Variables:
         """The variables as decoding takes them, with the layers' cut along `layer_parts`."""

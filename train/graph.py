@@ -38,7 +38,7 @@ from train.edges import (
 )
 from train.evaluate import checked, evaluate
 from train.goodput import Clock
-from train.health import check_guard
+from train.health import check_clip, check_guard
 from train.host import is_primary, say, wait_for_all
 from train.lock import locked
 from train.loop import FIELDS, Plan, train
@@ -121,6 +121,7 @@ class Run:
             check_guard(stage['guard'], stage['alarms'])
             if not stage['step_deadline'] >= 0:
                 raise InputError(f'step_deadline is {stage["step_deadline"]}: expected seconds, or 0 for none')
+            check_clip(stage, model.config)
             before = self._model(stage['parent']) if stage['parent'] and stage['keep_optimizer'] else model
             if (before.paths, before.adapter) != (model.paths, model.adapter):
                 raise InputError(

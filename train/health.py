@@ -12,6 +12,7 @@ import numpy as np
 
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
+from model.config import ModelConfig
 
 Settings = Mapping[str, Any]
 # Names of what is watched, and the least deviation from the median that counts as one: loss in nats, the gradient's
@@ -52,6 +53,14 @@ def check_guard(settings: Settings, alarms: Settings) -> None:
         raise InputError("guard.policy is 'rewind': expected a guard.sigma above 0, as it leaves out steps")
     if settings['policy'] not in POLICIES:
         raise InputError(f'guard.policy is {settings["policy"]!r}: expected one of {", ".join(POLICIES)}')
+
+
+def check_clip(stage: Settings, model: ModelConfig) -> None:
+    """Raises InputError where a stage's `qk_clip` cannot be."""
+    if not stage['qk_clip'] >= 0:
+        raise InputError(f'qk_clip is {stage["qk_clip"]}: expected a logit above 0, or 0 for none')
+    if stage['qk_clip'] and (stage['trainable'] or model.lora_rank):
+        raise InputError('qk_clip is set: expected a stage in which all weights learn, without adapters')
 
 
 def first_health(settings: Settings) -> dict[str, np.ndarray]:

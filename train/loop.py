@@ -41,6 +41,7 @@ FIELDS = (
     'step_deadline',
     'compare_every',
     'replay_every',
+    'qk_clip',
 )
 SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
@@ -60,6 +61,7 @@ class Plan:
         step_deadline: seconds that no step but the first takes (see `train.peers`).
         compare_every, replay_every: steps between comparisons of copies of the state, and between those that are taken
             twice and compared (see `train.replicas`).
+        qk_clip: see `model.clip`; 0: no clipping.
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
@@ -83,6 +85,7 @@ class Plan:
     step_deadline: float
     compare_every: int
     replay_every: int
+    qk_clip: float
     layout: Layout
     tokens: int
     flops: float
@@ -143,7 +146,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
         state = _resume(plan, checkpoints, state, spent)
     first = int(state['step'])
     plan.clock.resumed(plan.name, first)
-    one_step = make_step(plan.model, plan.objective, plan.optimizer, plan.trainable, guard(plan.guard))
+    one_step = make_step(plan.model, plan.objective, plan.optimizer, plan.trainable, guard(plan.guard), plan.qk_clip)
     step_function = jax.jit(one_step, donate_argnums=0)
     # All at once, as asking for one would wait for the devices.
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)

@@ -68,7 +68,7 @@ def compiled_programs(config: Mapping[str, Any], name: str, mesh: jax.sharding.M
         rows, length, parts = stage['batch_size'], stage['sequence_length'], stage['microbatches']
         batch = Layout(mesh, rows, length, parts).shapes(batch_shapes(stage))
         objective = stage_objective(stage, model.config)
-        step = make_step(model, objective, optimizer, stage['trainable'], guard(stage['guard']))
+        step = make_step(model, objective, optimizer, stage['trainable'], guard(stage['guard']), stage['qk_clip'])
         step = jax.jit(step, donate_argnums=0)
         work = f'{rows} x {length:,} tokens' + (f' in {parts} microbatches' if parts > 1 else '')
         flops = rows * length * model.flops_per_token(length)

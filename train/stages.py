@@ -105,6 +105,8 @@ COMMON: dict[str, Any] = {
         'policy': 'skip',
         'back': 100,
     },
+    # Heads whose attention logits get larger have their query and key weights scaled down: see `model.clip`. 0: none.
+    'qk_clip': 0.0,
     'loss': {'multi_token': 0.0, 'z_loss': 0.0, 'sequence_balance': 1e-4, 'batch_balance': 0.0},
 }
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data.errors import InputError
+from model.clip import clipped, largest_of
 from model.sharding import RULES, named_sharding
 from model.transformer import Model, Variables, is_declared, subtree
 from train.objectives import Batch, Objective, total_loss
@@ -134,6 +135,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     trainable: str = '',
     guard: Guard | None = None,
+    qk_clip: float = 0.0,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """The step function: (state, batch of `Layout.place`, factor on the update) -> (state, metrics as scalars).
 
@@ -147,6 +149,8 @@ def make_step(
     A `guard` says of a step's metrics whether its update is left out (see `train.health.guard`); what it knows is part
     of the state, `health`. The update stands in a branch of its own: a choice between old and new numbers would be
     fused with what computes them, and round them differently.
+
+    With `qk_clip` heads whose attention logits were above it are scaled down behind the update (see `model.clip`).
     """
     balances = not trainable or any(
         x.role == 'router' for x in jax.tree.leaves(trained(model.declared['params'], trainable), is_leaf=is_declared)
@@ -161,13 +165,15 @@ def make_step(
             batch.get('temperature', 1.0),
             multi_token=objective.multi_token,
             expert_ids=batch.get('expert_ids'),
+            largest_logits=bool(qk_clip),
         )
         terms, metrics = objective.terms(output, batch)
         value = total_loss(objective, terms, below)
         real = jnp.sum(batch['segments'] > 0).astype(jnp.float32)
         experts = {name: output.statistics[name] for name in ('load', 'entropy') if name in output.statistics}
-        largest = {name: x for name, x in metrics.items() if not isinstance(x, tuple)}
+        largest: dict[str, Any] = {name: x for name, x in metrics.items() if not isinstance(x, tuple)}
         means = {name: x for name, x in metrics.items() if name not in largest}
+        largest['attention'] = output.largest_logits or {}
         return value, {'metrics': means, 'largest': largest, 'experts': experts, 'tokens': real, 'loss': value}
 
     def step(state: State, batch: Batch, rate: jax.Array | float = 1.0) -> tuple[State, dict[str, jax.Array]]:
@@ -197,6 +203,7 @@ def make_step(
             total, _ = lax.scan(accumulate, zero, split)
         gradients, aux = total
 
+        logits = aux['largest'].pop('attention')
         metrics = {name: above / jnp.maximum(count, 1e-9) for name, (above, count) in aux['metrics'].items()}
         metrics |= {**aux['largest'], 'loss': aux['loss'], 'gradient_norm': optax.global_norm(gradients)}
         metrics['tokens'] = jnp.sum(batch['segments'] > 0)
@@ -210,14 +217,19 @@ def make_step(
             metrics['experts/starved'] = jnp.max((load < 0.1 * mean[..., None]).mean(-1))
             metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
 
+        if qk_clip:
+            every = largest_of(logits)
+            metrics |= {'attention/largest_logit': every.max(), 'attention/clipped': (every > qk_clip).mean()}
+
         old = {name: state[name] for name in ('params', 'balance', 'optimizer')}
 
         def updated() -> State:
             updates, optimizer_state = optimizer.update(gradients, old['optimizer'], mine)
             updates = jax.tree.map(lambda x: x * rate, updates)
             moves = bool(aux['experts']) and balances
+            params = _overlaid(old['params'], optax.apply_updates(mine, updates))
             return {
-                'params': _overlaid(old['params'], optax.apply_updates(mine, updates)),
+                'params': clipped(params, logits, qk_clip, model.config) if qk_clip else params,
                 'balance': model.updated_balance(old['balance'], aux['experts']['load']) if moves else old['balance'],
                 'optimizer': optimizer_state,
             }
