@@ -138,17 +138,20 @@ def test_kills_at_random_moments_change_nothing(
     while kills < KILLS:
         workdir, lives = folder / f'life{lives}', lives + 1
         began, process = time.time(), supervised(root, one_device, workdir)
-        while process.poll() is None and kills < KILLS:
-            time.sleep(generator.uniform(2, 45))
-            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-            for child in children if process.poll() is None else ():
+        while kills < KILLS:
+            try:
+                process.wait(generator.uniform(2, 45))
+                break
+            except subprocess.TimeoutExpired:
+                children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            for child in children:
                 os.kill(int(child), signal.SIGKILL)
                 kills += 1
         finish(process, workdir)
         assert results(workdir) == expected
-        seconds = json.loads((workdir / 'goodput.json').read_text())['seconds']
-        # But for the first process's way to the beginning of its run, and the last one's from its end.
-        assert time.time() - began - 30 < sum(seconds.values()) <= time.time() - began
+        seconds, passed = json.loads((workdir / 'goodput.json').read_text())['seconds'], time.time() - began
+        # But for the way to the beginning of a run (until one is there that was not killed on it), and from its end.
+        assert 0.5 * passed < sum(seconds.values()) <= passed
     print(f'{kills} kills, {lives} runs, seconds of the last: {seconds}')
 
 
