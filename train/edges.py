@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -11,7 +13,7 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict, sources_of
 from model.config import ModelConfig
 from train.checkpoint import read_json, split_address, stage_folder
-from train.stages import get_kind
+from train.stages import get_kind, stage_defaults
 
 Config = Mapping[str, Any]
 
@@ -136,6 +138,57 @@ def check_edges(config: Config, name: str) -> None:
             raise InputError(f'stages.{name}.parents: {both}: expected models of one shape')
         if model['lora_rank']:
             raise InputError(f'stages.{name}.parents: {address!r} has adapters, whose averages mean nothing')
+
+
+def check_gate(config: Config, name: str) -> None:
+    """Looks at what a stage asks of evaluations (see `pass_gate`).
+
+    Raises:
+        InputError: fields that mean nothing, an evaluation that a stage has not, or a stage that is no ancestor.
+    """
+    stage = config['stages'][name]
+    for evaluation, asked in as_dict(stage.get('gate', {})).items():
+        where = f'stages.{name}.gate.{evaluation}'
+        if not asked.keys() <= {'least', 'most', 'times'} or not asked.keys() & {'least', 'most'}:
+            raise InputError(f"{where} has {', '.join(asked)}: expected 'least' or 'most', a number, and maybe 'times'")
+        before = split_address(stage['parent'])[0]
+        for other in (before, asked.get('times', before)):
+            if other not in needed_for(config, name)[:-1]:
+                raise InputError(f'{where}: {other!r} is no stage of the run that stage {name!r} comes from')
+            if evaluation not in config['stages'][other]['evaluations']:
+                raise InputError(f'{where}: expected an evaluation of {other!r}')
+
+
+def pass_gate(config: Config, name: str, workdir: Path) -> None:
+    """Compares the evaluations of a stage's parent with what the stage asks of them before it begins: of each a value
+    of `least` so much, or `most`: times that of the stage `times`, if one is named.
+
+    Raises:
+        InputError: one of them is not as it should be.
+    """
+    stage = config['stages'][name]
+    before = split_address(stage.get('parent', ''))[0]
+    for evaluation, asked in as_dict(stage.get('gate', {})).items():
+        value, factor = (
+            read_json(workdir / other / 'evaluations.json')[evaluation]['value'] if other else 1.0
+            for other in (before, asked.get('times'))
+        )
+        least, most = (asked.get(bound, other) * factor for bound, other in (('least', -math.inf), ('most', math.inf)))
+        if not least <= value <= most:
+            bound = f'at least {least:.4g}' if value < least else f'at most {most:.4g}'
+            raise InputError(f'stages.{name}.gate: {evaluation} of {before} is {value:.4g}: expected {bound}')
+
+
+def check_same(kept: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises InputError where the record of a stage that was run says something else than that of the one to be run."""
+    kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
+    kept['stage'] = {**json.loads(json.dumps(stage_defaults(now['stage']['kind']))), **kept['stage']}
+    for field in ('model', 'stage', 'seed', 'tokenizer', 'data'):
+        for path, old, new in differences(kept.get(field, now[field]), now[field], field):
+            raise InputError(
+                f'{folder} was run with {path} = {old!r}, the config now says {new!r}: '
+                'use another --workdir, or remove that folder to run the stage again'
+            )
 
 
 def saved_steps(stage: Mapping[str, Any]) -> list[int]:

@@ -25,6 +25,8 @@ from model.transformer import Model, Variables, subtree
 from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
 from train.edges import (
     check_edges,
+    check_gate,
+    check_same,
     data_fingerprints,
     differences,
     edges,
@@ -32,6 +34,7 @@ from train.edges import (
     needed_for,
     order,
     parents,
+    pass_gate,
     records_needed,
     stage_model,
     steps_pinned,
@@ -46,7 +49,7 @@ from train.make import RECORDS, write_records
 from train.merge import average
 from train.optimizer import learning_rate, make_optimizer
 from train.scoring import Other
-from train.stages import get_kind, stage_defaults, stage_objective, training_kind
+from train.stages import get_kind, stage_objective, training_kind
 from train.step import Layout, State, initial_state, optimizer_shapes, trained
 from train.streams import Context
 
@@ -108,6 +111,7 @@ class Run:
         others = {role: Other(self._model(at), {}) for role, at in stage.get('models', {}).items() if at}
         try:
             check_edges(self.config, name)
+            check_gate(self.config, name)
             for evaluation in stage.get('evaluations', ()):
                 checked(self.config['evaluations'][evaluation], self.stages)
             if kind.make is not None:
@@ -224,17 +228,7 @@ class Run:
         folder = self.workdir / name
         if not (folder / 'config.json').exists():
             return False
-        kept, now = read_json(folder / 'config.json'), self.record(name)
-        kept['model'] = ModelConfig.from_dict(kept['model']).to_dict()  # fields that came later had their defaults
-        kept['stage'] = {**json.loads(json.dumps(stage_defaults(now['stage']['kind']))), **kept['stage']}
-        for field in ('model', 'stage', 'seed', 'tokenizer', 'data'):
-            different = differences(kept.get(field, now[field]), now[field], field)
-            if different:
-                path, old, new = different[0]
-                raise InputError(
-                    f'{folder} was run with {path} = {old!r}, the config now says {new!r}: '
-                    'use another --workdir, or remove that folder to run the stage again'
-                )
+        check_same(read_json(folder / 'config.json'), self.record(name), folder)
         finished = folder / 'finished.json'
         if not finished.exists():
             return False
@@ -243,6 +237,7 @@ class Run:
     def _run(self, name: str) -> None:
         began = time.perf_counter()
         stage, folder = self.stages[name], self.workdir / name
+        pass_gate(self.config, name, self.workdir)
         folder.mkdir(parents=True, exist_ok=True)
         changed = self._changes(name)
         for path, old, new in changed:

@@ -59,6 +59,8 @@ COMMON: dict[str, Any] = {
     'kind': '',
     # NAME or NAME@STEP; the path (with a slash) of an imported model or of another run's stage; '' starts from scratch.
     'parent': '',
+    # What evaluations of the parent have to say before the stage begins: see `train.edges.pass_gate`.
+    'gate': {},
     'models': {},  # other checkpoints the stage needs, by role
     'model': {},  # fields of the model that change from this stage on, such as rope_theta
     # A regular expression; parameters whose path, such as layers/self_attn/q_proj, it is not found in stay as they are.
