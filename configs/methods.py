@@ -8,6 +8,17 @@ from ml_collections import ConfigDict
 
 from configs.base import ADAM, SEEDS, add_stage, small
 
+# Reinforcement learning on sums that are worked out line by line.
+SUMS: dict[str, Any] = {
+    'prompts': 16,
+    'samples': 8,
+    'temperature': 1.2,
+    'batch_size': 160,
+    'microbatches': 4,
+    'max_tokens': 48,
+    'optimizer': {**ADAM, 'learning_rate': 0.0002},
+}
+
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the experiment."""
@@ -199,13 +210,7 @@ def _proposals(config: ConfigDict) -> None:
             **shaped,
             'parent': f'start_{seed}',
             'task': sums,
-            'prompts': 16,
-            'samples': 8,
-            'temperature': 1.2,
-            'batch_size': 160,
-            'microbatches': 4,
-            'max_tokens': 48,
-            'optimizer': {**ADAM, 'learning_rate': 0.0002},
+            **SUMS,
         }
         add_stage(config, f'uniform_{seed}', 'grpo', levels=levels, steps=80, **rl)
         add_stage(config, f'solve_rate_{seed}', 'grpo', levels=levels, curriculum='solve_rate', steps=80, **rl)
@@ -234,13 +239,7 @@ def _flywheel(config: ConfigDict) -> None:
             **shaped,
             'task': hard,
             'steps': 80,
-            'prompts': 16,
-            'samples': 8,
-            'temperature': 1.2,
-            'batch_size': 160,
-            'microbatches': 4,
-            'max_tokens': 48,
-            'optimizer': {**ADAM, 'learning_rate': 0.0002},
+            **SUMS,
         }
         for arm in ('none', 'all', 'right'):
             first, mixture = f'{arm}_{seed}', {'easy': 1.0}
