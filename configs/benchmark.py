@@ -1,6 +1,8 @@
 """The shape at which train steps are compared with other trainers: latent attention, 8 experts, 2 a token.
 
 python -m train.benchmark --config=configs/benchmark.py
+
+`configs/benchmark.py:DIR` reads tokens that `data.prepare` wrote to a folder, by the same tokenizer.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from ml_collections import ConfigDict
 from configs.base import add_stage, base
 
 
-def get_config() -> ConfigDict:
-    """The config: 4 layers of width 256, 8 rows of 256 tokens, float32."""
+def get_config(variant: str = '') -> ConfigDict:
+    """The config: 4 layers of width 256, 8 rows of 256 tokens, float32; `variant` is a folder of tokens."""
     config = base('benchmark')
-    config.tokenizer.update(sources=('stdlib',), vocab_size=8192)
+    config.tokenizer.update(sources=('text',), vocab_size=8192)
     config.model.update(
         hidden_size=256,
         num_hidden_layers=4,
@@ -31,7 +33,7 @@ def get_config() -> ConfigDict:
         moe_intermediate_size=256,
         scan_layers=False,
     )
-    config.sources.stdlib = ConfigDict({'type': 'stdlib'})
+    config.sources.text = ConfigDict({'type': 'arrayrecord', 'path': variant} if variant else {'type': 'stdlib'})
     add_stage(
         config,
         'pretrain',
@@ -39,7 +41,7 @@ def get_config() -> ConfigDict:
         steps=100,
         batch_size=8,
         sequence_length=256,
-        mixture=((0.0, {'stdlib': 1.0}),),
+        mixture=((0.0, {'text': 1.0}),),
         optimizer={'name': 'adamw', 'learning_rate': 0.001},
     )
     return config

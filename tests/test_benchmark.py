@@ -1,6 +1,7 @@
 """The benchmark command: what it measures, and how it accounts for the time."""
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from small import get_config, model_config
 from text import small_tokenizer
 
 from data.errors import InputError
+from data.stream import Prefetch
 from train import benchmark, operations, stages
-from train.benchmark import Measurement, covered, main, measure, table
+from train.benchmark import Measurement, covered, main, measure, stream_report, table
 from train.chips import known_peak
 
 STEPS, NAP = 4, 0.2
@@ -63,6 +65,19 @@ def test_the_table_says_it_all(measured: Measurement) -> None:
     assert '-  no peak is on record' in table(
         dataclasses.replace(measured, peak=None, peak_source='no peak is on record')
     )
+
+
+def test_a_stream_is_measured_alone(config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark.time, 'process_time', iter((10.0, 12.0)).__next__)
+    stage = config.stages.pretrain
+    said = stream_report(config.to_dict(), '', 3, tmp_path)
+    shape = f'{stage.batch_size} x {stage.sequence_length} tokens'
+    found = re.fullmatch(f'small, stage pretrain: 3 batches of {shape}: ([0-9,]+) a CPU-second', said)
+    full = 3 * stage.batch_size * stage.sequence_length
+    assert found is not None and 0.9 * full < 2 * int(found[1].replace(',', '')) <= full
+    monkeypatch.setattr(Prefetch, 'work', 'sampling', raising=False)
+    with pytest.raises(InputError, match="^--stream: the stream of stage 'pretrain' samples"):
+        stream_report(config.to_dict(), '', 3, tmp_path / 'other')
 
 
 class Napping:

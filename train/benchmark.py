@@ -8,7 +8,8 @@ where speed does not depend on them, but an untrained model that is to learn fro
 ones: with --workdir=DIR, such a stage begins with the checkpoints of its parents in a run.
 
 With --operations it measures instead, at the sizes of the config's model, the grouped matmul beside a dense one,
-decoding by the length of what is cached, and latents kept beside latents expanded: medians of --steps calls.
+decoding by the length of what is cached, and latents kept beside latents expanded: medians of --steps calls. With
+--stream it takes batches from the stage's stream alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from train.loop import Spent, train
 
 _STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take, or calls of each operation.')
 _OPERATIONS = flags.DEFINE_boolean('operations', False, 'Measure single operations instead of training.')
+_STREAM = flags.DEFINE_boolean('stream', False, 'Measure the stream of a stage alone.')
 
 COMPILATION = tuple(  # tracing, which nests, lowering, and compiling or reading a compiled program from disk
     f'/jax/core/compile/{part}_duration' for part in ('jaxpr_trace', 'jaxpr_to_mlir_module', 'backend_compile')
@@ -194,6 +196,27 @@ def measured_matmul(repeats: int = 9) -> tuple[float, float]:
     return 2 * MATMUL**3 / min(seconds), 2 * MATMUL**3 * repeats / (time.process_time() - cpu)
 
 
+def stream_report(config: dict[str, Any], stage: str, steps: int, folder: Path) -> str:
+    """How many tokens a CPU-second the stream of a stage packs, over so many steps, for people to read.
+
+    Raises:
+        InputError: a stage whose stream samples.
+    """
+    run = Run(config, folder)
+    name = needed_for(run.config, stage)[-1] if stage else run.order[0]
+    stream = run.begin(name, fresh=True)[0].stream
+    if getattr(stream, 'work', ''):
+        raise InputError(f'--stream: the stream of stage {name!r} samples: expected one that reads records')
+    stream.next(0)
+    began = time.process_time()
+    tokens = sum(int((stream.next(step)[0]['segments'] > 0).sum()) for step in range(1, steps + 1))
+    spent = time.process_time() - began
+    stream.close()
+    settings = run.stages[name]
+    shape = f'{settings["batch_size"]} x {settings["sequence_length"]}'
+    return f'{config["name"]}, stage {name}: {steps} batches of {shape} tokens: {tokens / spent:,.0f} a CPU-second'
+
+
 def table(m: Measurement) -> str:
     """The measurement for people to read."""
     spent = m.spent
@@ -236,6 +259,9 @@ def main(arguments: list[str]) -> int:
         return 0
     workdir = Path(flags.FLAGS.workdir) if flags.FLAGS.workdir else None
     with tempfile.TemporaryDirectory(prefix='torso-benchmark-') as folder:
+        if _STREAM.value:
+            print(stream_report(config, flags.FLAGS.stage, _STEPS.value, Path(folder)))
+            return 0
         print(table(measure(config, flags.FLAGS.stage, _STEPS.value, Path(folder), workdir)))
     return 0
 
