@@ -14,10 +14,13 @@ from small import model_config, one_device
 from text import small_tokenizer
 
 from data.errors import InputError
+from data.tasks import Prompt, Verdict, get_task
 from model.transformer import Model
-from train.behaviour import Read, behaviour, coverage, diversity, drift, page, read, shift
+from train.behaviour import Read, behaviour, coverage, diversity, drift, embedded, page, read, shift, spread
 from train.checkpoint import Loaded
 from train.compare import main
+from train.sampler import Completion
+from train.traces import traces
 
 TASK = {'type': 'task', 'task': {'name': 'arithmetic', 'operations': 1, 'digits': 1}, 'items': 6, 'max_tokens': 8}
 
@@ -92,6 +95,57 @@ def test_diversity_by_its_definition() -> None:
         assert diversity([answers], 9)[f'distinct_{n}'] == pytest.approx(len(grams) / sum(grams.values()))
 
 
+def test_self_bleu_is_the_mean_of_each_with_the_others() -> None:
+    answers = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 6, 8], [2, 2, 3, 9], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    # By a program of its own, after Papineni et al. 2002, section 2.3, and Chen and Cherry 2014, smoothing 1.
+    assert diversity([answers], 50)['self_bleu'] == pytest.approx(0.520864477293731, abs=1e-12)
+    alike, apart, alone = [[1, 2, 3, 4]] * 3, [[1, 2], [3, 4]], [[1, 2]]
+    for groups, expected in (([alike], 1.0), ([apart], 0.0), ([alone], 0.0), ([alike, apart], 0.5)):
+        assert diversity(groups, 50)['self_bleu'] == expected
+
+
+def test_spread_of_states(base: Loaded) -> None:
+    assert spread(np.array([[2.0, 0], [0, 1], [3, 0]])) == pytest.approx((1 + 1 + 0) / 3)
+    assert spread(np.ones((3, 5))) == pytest.approx(0) and spread(np.ones((1, 5))) == 0
+    prompts, answers = [[1, 5, 9, 20], [1, 7]], [[3, 4, 5, 6, 7], [30, 31]]
+    for found, prompt, answer in zip(embedded(base, prompts, answers), prompts, answers, strict=True):
+        hidden = np.asarray(base.model.apply(base.variables, np.array([prompt + answer])).hidden[0])
+        np.testing.assert_allclose(found, hidden[len(prompt) :].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_traces_of_answers_that_are_known() -> None:
+    task = get_task('arithmetic', operations=2, digits=1, max_value=10, worked=True, split='train')
+    problem = task.prompt(3)
+    right = problem.reference
+    *steps_before, last, answer = right.split('\n')
+    wrong = '\n'.join([*steps_before, last + '1', answer])
+    doubt = 'Wait, that is wrong. Let me go back and try again. Actually no.'
+
+    def said(text: str, tokens: int, stopped: bool = True) -> Completion:
+        return Completion(text, [0] * tokens, [0.0] * tokens, stopped)
+
+    steps = len(task.verify(problem, right).parts)
+    assert steps >= 2 and task.verify(problem, right).score == 1
+    found = traces(task, [problem], [[said(right, 10), said(wrong, 20), said(doubt, 70, stopped=False)]])
+    assert found['tokens'] == pytest.approx(100 / 3) and found['ended'] == pytest.approx(2 / 3)
+    assert (found['corrections'], found['backtracking']) == (30, 20)
+    assert found['steps'] == pytest.approx(2 * steps / 3)  # there are none in the third
+    assert found['steps_right'] == (2 * steps - 1) / (2 * steps)
+    assert 'steps' not in traces(Whole(), [problem], [[said(right, 10)]])
+
+
+class Whole:
+    """A task that judges answers as a whole."""
+
+    name = 'whole'
+
+    def prompt(self, index: int) -> Prompt:
+        raise NotImplementedError
+
+    def verify(self, prompt: Prompt, completion: str) -> Verdict:
+        return Verdict(1.0)
+
+
 def test_coverage_and_where_curves_cross() -> None:
     base = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
     tuned = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]], bool)
@@ -127,7 +181,13 @@ def test_the_command(
     html = tmp_path / 'tokens.html'
     assert main(['a', 'b', '--answers=sums', '--samples=2', f'--html={html}']) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [next(iter(line)) for line in said] == ['shift', 'diversity', 'coverage', 'drift'] and html.exists()
+    assert [next(iter(line)) for line in said] == [
+        'shift',
+        'diversity',
+        'traces',
+        'coverage',
+        'drift',
+    ] and html.exists()
     assert main(['a', 'b', '--answers=sum']) == 1
     assert "did you mean 'sums'" in capsys.readouterr().err
     for other in ({'type': 'text'}, {'format': 'completion'}):

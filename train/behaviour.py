@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from train.checkpoint import Loaded
 from train.episodes import chat_prompt
 from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 from train.statistics import pass_at_k
+from train.traces import traces
 
 ROWS = 8  # answers that are read at a time
 MARGINAL = 3  # ranks up to which a token is marginal, not shifted
@@ -43,8 +44,10 @@ def behaviour(base: Loaded, tuned: Loaded, evaluation: Mapping[str, Any], sample
 
     Returns:
         {'shift': of the tuned model's greedy answers (see `shift`), 'diversity': {'base', 'tuned'} of `samples` answers
-        a problem at temperature 1 (see `diversity`), 'coverage': what they solve (see `coverage`), 'drift': of the
-        weights (see `drift`), 'answers': [(prompt, Read)] to be shown}.
+        a problem at temperature 1 (see `diversity`), with 'spread' of a problem's answers in the base's states (see
+        `spread`), 'spread_across' of the first answers to all problems, and the mean number of different right
+        'solutions'; 'traces': {'base', 'tuned'} (see `train.traces`); 'coverage': what they solve (see `coverage`);
+        'drift': of the weights (see `drift`); 'answers': [(prompt, Read)] to be shown}.
 
     Raises:
         InputError: other tokenizers; an evaluation of another type.
@@ -67,9 +70,18 @@ def behaviour(base: Loaded, tuned: Loaded, evaluation: Mapping[str, Any], sample
     drawn = {name: answers(model, samples, 1.0) for name, model in (('base', base), ('tuned', tuned))}
     right = {name: _right(task, problems, groups) for name, groups in drawn.items()}
     written = {name: [[said.tokens for said in group] for group in groups] for name, groups in drawn.items()}
+    varied = {
+        name: {
+            **diversity(groups, tuned.model.config.vocab_size),
+            **_apart(base, prompts, groups),  # the base sees both, so that both are seen alike
+            'solutions': _solutions(drawn[name], right[name]),
+        }
+        for name, groups in written.items()
+    }
     return {
         'shift': shift(reads, tuned.tokenizer),
-        'diversity': {name: diversity(groups, tuned.model.config.vocab_size) for name, groups in written.items()},
+        'diversity': varied,
+        'traces': {name: traces(task, problems, groups) for name, groups in drawn.items()},
         'coverage': coverage(right['base'], right['tuned']),
         'drift': drift(base.variables['params'], tuned.variables['params']),
         'answers': [(problem.text, one) for problem, one in zip(problems, reads, strict=True)],
@@ -88,9 +100,23 @@ def read(base: Loaded, tuned: Loaded, prompts: Sequence[list[int]], answers: Seq
         own = jnp.take_along_axis(before, said[:, :, None], axis=2)
         return 1 + jnp.sum(before > own, axis=2), jnp.sum(jnp.exp(after) * (after - before), axis=2)
 
+    found: list[Read] = []
+    for some, tokens, at, said in _blocks(prompts, answers):
+        ranks, kl = map(np.asarray, compared(tokens, at, said))
+        found += [Read(a, ranks[row, : len(a)], kl[row, : len(a)]) for row, (_, a) in enumerate(some)]
+    return found
+
+
+Pairs = list[tuple[list[int], list[int]]]
+
+
+def _blocks(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> Iterator[tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]]:
+    """Prompts with answers, ROWS at a time; as rows [ROWS, width] of tokens; of each token of an answer the place that
+    predicts it, and the token itself: [ROWS, longest answer]."""
     longest = max(map(len, answers))
     width = prompt_width(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
-    found: list[Read] = []
     for first in range(0, len(answers), ROWS):
         some = list(zip(prompts[first : first + ROWS], answers[first : first + ROWS], strict=True))
         tokens = np.zeros((ROWS, width), np.int32)
@@ -99,9 +125,28 @@ def read(base: Loaded, tuned: Loaded, prompts: Sequence[list[int]], answers: Seq
             tokens[row, : len(prompt) + len(answer)] = [*prompt, *answer]
             at[row] = np.minimum(len(prompt) - 1 + np.arange(longest), width - 1)
             said[row, : len(answer)] = answer
-        ranks, kl = map(np.asarray, compared(tokens, at, said))
-        found += [Read(a, ranks[row, : len(a)], kl[row, : len(a)]) for row, (_, a) in enumerate(some)]
-    return found
+        yield some, tokens, at, said
+
+
+def embedded(model: Loaded, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
+    """Of each answer the mean of the model's last states over its tokens: [answers, hidden_size]."""
+
+    @jax.jit
+    def states(tokens: jax.Array, at: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(model.model.apply(model.variables, tokens).hidden, at[:, :, None], axis=1)
+
+    found: list[np.ndarray] = []
+    for some, tokens, at, _ in _blocks(prompts, answers):
+        hidden = np.asarray(states(tokens, np.minimum(at + 1, tokens.shape[1] - 1)), np.float64)
+        found += [hidden[row, : max(len(a), 1)].mean(0) for row, (_, a) in enumerate(some)]
+    return np.array(found)
+
+
+def spread(vectors: np.ndarray) -> float:
+    """The mean over pairs of vectors [n, D] of 1 minus their cosine; 0 of a single one."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    n = len(unit)
+    return float(1 - ((unit @ unit.T).sum() - n) / (n * (n - 1))) if n > 1 else 0.0
 
 
 def shift(reads: Sequence[Read], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -139,7 +184,8 @@ def diversity(groups: Sequence[Sequence[Sequence[int]]], vocabulary: int) -> dic
         'distinct_n' for n of 1 to LONGEST_WORDS: different n-grams over all n-grams (Li et al. 2016), within a
         problem's answers, mean over problems; 'distinct_n_across', of all answers together; 'adjusted': different
         tokens over those expected of as many drawn evenly from the vocabulary (Liu et al. 2022, equation 2), across;
-        'unique': different answers over answers, within a problem; 'entropy' of a problem's answers, nats.
+        'unique': different answers over answers, within a problem; 'entropy' of a problem's answers, nats; 'self_bleu':
+        the mean BLEU of an answer with the problem's others as references (Zhu et al. 2018), 0 of a single answer.
     """
     told: dict[str, float] = {}
     everything = [answer for group in groups for answer in group]
@@ -151,12 +197,42 @@ def diversity(groups: Sequence[Sequence[Sequence[int]]], vocabulary: int) -> dic
     shares = [np.array(list(Counter(map(tuple, group)).values())) / len(group) for group in groups]
     told['unique'] = float(np.mean([len(share) / len(group) for share, group in zip(shares, groups, strict=True)]))
     told['entropy'] = float(np.mean([-(share * np.log(share)).sum() for share in shares]))
+    told['self_bleu'] = float(np.mean([_self_bleu(group) for group in groups]))
     return told
+
+
+def _self_bleu(group: Sequence[Sequence[int]]) -> float:
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1  # n-grams that never match count 0.1
+    others = [[*group[:i], *group[i + 1 :]] for i in range(len(group))]
+    said = [
+        sentence_bleu(rest, answer, smoothing_function=smoothing) if rest and answer else 0.0
+        for answer, rest in zip(group, others, strict=True)
+    ]
+    return float(np.mean(said))
 
 
 def _distinct(answers: Sequence[Sequence[int]], n: int) -> float:
     grams = [tuple(answer[i : i + n]) for answer in answers for i in range(len(answer) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
+
+
+def _apart(model: Loaded, prompts: Sequence[list[int]], groups: Sequence[Sequence[list[int]]]) -> dict[str, float]:
+    each = [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group]
+    states = embedded(model, each, [answer for group in groups for answer in group])
+    vectors = np.split(states, len(groups))
+    first = np.array([group[0] for group in vectors])
+    return {'spread': float(np.mean([*map(spread, vectors)])), 'spread_across': spread(first)}
+
+
+def _solutions(groups: Sequence[Sequence[Completion]], right: np.ndarray) -> float:
+    """Different right texts, the mean over problems."""
+    found = [
+        {said.text for said, good in zip(group, row, strict=True) if good}
+        for group, row in zip(groups, right, strict=True)
+    ]
+    return float(np.mean([*map(len, found)]))
 
 
 def _right(task: Task, problems: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> np.ndarray:

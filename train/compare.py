@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar='EVALUATION',
         default='',
         help='let both models answer the problems of this evaluation of TUNED, and compare: tokens shifted, diversity, '
-        'what is solved, weights moved',
+        'how answers reason, what is solved, weights moved',
     )
     parser.add_argument('--samples', type=int, default=8, help='with --answers: of each model for each problem')
     parser.add_argument('--html', default='', help='with --answers: a file for the tokens of TUNED, coloured by rank')
@@ -134,7 +134,7 @@ def _compare_answers(options: argparse.Namespace) -> int:
     found = behaviour(base, tuned, known[options.answers], options.samples)
     if options.html:
         Path(options.html).write_text(page(found, tuned.tokenizer, f'{options.base} and {options.tuned}'))
-    for name in ('shift', 'diversity', 'coverage', 'drift'):
+    for name in ('shift', 'diversity', 'traces', 'coverage', 'drift'):
         print(json.dumps({name: _rounded(found[name])}))
     return 0
 
