@@ -17,6 +17,7 @@ from data.errors import InputError, did_you_mean
 from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record, TextSource, TfdsSource
 from data.mixture import as_dict
 from data.noise import Noisy
+from data.recast import Composed, FillInTheMiddle
 from data.tasks import Comparable, Criticizable, Prompt, Proposable, get_task
 from data.words import WORDS
 
@@ -146,6 +147,8 @@ def open_source(spec: Any) -> Source:
                                     problems; 0: without end), and the task's own options
       repeats                       words, strings
       noisy                         source (another such mapping), kind (shuffled, random or repeated), share
+      fim                           source, rate: of its texts with the middle moved to the end, to be filled in
+      composed                      source, parts (least, most), ask (one or all): several of its records in one
       jsonl, arrayrecord, parquet   path (a file or a glob), field, broken (how many records that cannot be read a run
                                     passes over; 0: none)
       text                          path (a file, a folder or a glob): one document a file
@@ -186,6 +189,8 @@ _TYPES: dict[str, Callable[..., Source]] = {
     'stdlib_instructions': lambda split='train': corpus.instructions(split),
     'task': TaskSource,
     'repeats': Repeats,
+    'fim': lambda source, rate=0.5: FillInTheMiddle(open_source(source), rate),
+    'composed': lambda source, parts=(4, 8), ask='one': Composed(open_source(source), parts, ask),
     'noisy': lambda source, kind='shuffled', share=1.0: Noisy(open_source(source), kind, share),
     'jsonl': JsonLinesSource,
     'arrayrecord': ArrayRecordSource,

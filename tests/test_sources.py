@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ml_collections import ConfigDict, FrozenConfigDict
 from pyarrow import parquet
 
@@ -13,6 +16,7 @@ from data.constitution import CRITIQUE_TEMPLATE, REVISION_TEMPLATE
 from data.corpus import instructions, shared_line_share, standard_library
 from data.errors import InputError
 from data.packing import encode_record
+from data.recast import MIDDLE, PREFIX, SUFFIX, FillInTheMiddle
 from data.rows import PROBLEMS, Order, sample_texts
 from data.sources import open_source
 from tests.text import small_tokenizer
@@ -343,3 +347,75 @@ class TestNoisy:
 
     def spec(self, kind, share):
         return {'type': 'noisy', 'source': self.TEXT, 'kind': kind, 'share': share}
+
+
+class TestRecast:
+    TEXT = {'type': 'stdlib', 'piece': 300}
+    SUMS = {'type': 'task', 'name': 'arithmetic', 'format': 'completion'}
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(0, 500), st.floats(0, 1))
+    def test_a_text_that_was_cut_can_be_put_together(self, index, rate):
+        source = open_source(self.TEXT)
+        whole, cut = source[index], FillInTheMiddle(source, rate)[index]
+        text = cut['text']
+        assert {**cut, 'text': ''} == {**whole, 'text': ''}
+        if text.startswith(PREFIX + SUFFIX):
+            suffix, rest = text.removeprefix(PREFIX + SUFFIX).split(MIDDLE)
+            text = rest + suffix
+        elif text.startswith(PREFIX):
+            prefix, rest = text.removeprefix(PREFIX).split(SUFFIX)
+            suffix, middle = rest.split(MIDDLE)
+            text = prefix + middle + suffix
+        assert text == whole['text']
+
+    def test_as_many_are_cut_as_were_asked_for(self):
+        for rate in (0.0, 0.3, 1.0):
+            source = open_source({'type': 'fim', 'source': self.TEXT, 'rate': rate})
+            texts = [source[index]['text'] for index in range(600)]
+            cut = [text for text in texts if text.startswith(PREFIX)]
+            assert len(cut) / len(texts) == pytest.approx(rate, abs=0.06)
+            if cut:
+                assert sum(t.startswith(PREFIX + SUFFIX) for t in cut) / len(cut) == pytest.approx(0.5, abs=0.12)
+        assert source[7] == source[7]
+
+    @settings(deadline=None)
+    @given(st.integers(0, 10**6), st.sampled_from(['one', 'all']))
+    def test_a_long_problem_is_made_of_short_ones(self, index, ask):
+        short = open_source(self.SUMS)
+        long = open_source({'type': 'composed', 'source': self.SUMS, 'parts': (2, 5), 'ask': ask})
+        record = long[index]
+        assert record == long[index] and long.endless
+        own = [short[5 * index + place] for place in range(5)]
+        count = sum(one['prompt'].strip() in record['prompt'] for one in own)
+        assert 2 <= count <= 5 and f'Number {count}:' in record['prompt']
+        asked = re.search(r'\n\nSolve (all|number (\d))\.\n$', record['prompt'])
+        if ask == 'one':
+            assert record['completion'] == own[int(asked[2]) - 1]['completion']
+        else:
+            expected = [f'{i}: {one["completion"]}' for i, one in enumerate(own[:count], 1)]
+            assert record['completion'] == '\n'.join(expected)
+
+    def test_texts_are_repeated(self):
+        texts = open_source(self.TEXT)
+        long = open_source({'type': 'composed', 'source': self.TEXT, 'parts': (3, 3)})
+        assert len(long) == len(texts) // 3 and not long.endless
+        record = long[4]
+        assert record['completion'] in [texts[i]['text'].strip() for i in (12, 13, 14)]
+        assert record['prompt'].count(record['completion']) == 1
+
+    @pytest.mark.parametrize(
+        ('spec', 'said'),
+        [
+            ({'type': 'fim', 'rate': 1.5}, 'rate 1.5: expected 0 to 1'),
+            ({'type': 'fim', 'source': SUMS}, 'expected records with a text'),
+            ({'type': 'composed', 'parts': (1, 3)}, r'parts \(1, 3\): expected'),
+            ({'type': 'composed', 'parts': (9, 3)}, r'parts \(9, 3\): expected'),
+            ({'type': 'composed', 'ask': 'two'}, "ask 'two': expected 'one' or 'all'"),
+            ({'type': 'composed', 'source': {**SUMS, 'format': 'chat'}}, 'expected records with a text, or with'),
+            ({'type': 'composed', 'source': {**SUMS, 'records': 3}}, '3 records: expected at least parts = 8'),
+        ],
+    )
+    def test_bad_settings_are_named(self, spec, said):
+        with pytest.raises(InputError, match=f'^source {spec["type"]}: {said}'):
+            open_source({'source': self.TEXT, **spec})
