@@ -279,6 +279,11 @@ class Output:
         """For each multi-token module k: float32 [B, T], log-probability of token t predicted from t - k - 1."""
         return tuple(self._predictions(h, k + 2)[0] for k, h in enumerate(self.multi_token))
 
+    @property
+    def likeliest(self) -> jax.Array:
+        """int32 [B, T]: the most probable token in the place of token t; 0 at the first token of a segment."""
+        return self.top(1)[0][..., 0]
+
     def logprob_of(self, ids: jax.Array) -> jax.Array:
         """float32 [B, T, K]: log-probabilities of tokens int32 [B, T, K] in the place of token t, as `logprob`."""
         targets = jnp.roll(ids, -1, axis=1)

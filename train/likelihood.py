@@ -144,7 +144,7 @@ def choices(model: Model, variables: Variables, tokenizer: Tokenizer, spec: dict
     """
     source = open_source(spec['source'])
     asked = [as_choice(record, i) for i, record in enumerate(spread(source, spec['items'] or len(source)))]
-    segments = [_continuation(tokenizer, prompt, text) for prompt, texts, _ in asked for text in texts]
+    segments = [continuation(tokenizer, prompt, text) for prompt, texts, _ in asked for text in texts]
     logprobs = sums(segments, said_of(model, variables, tokenizer, segments))
     ends = np.cumsum([len(texts) for _, texts, _ in asked])[:-1]
     right, per_byte, confidence = [], [], []
@@ -180,7 +180,7 @@ def as_choice(record: Mapping[str, Any], index: int) -> tuple[str, list[str], in
     return prompt, list(texts or ()), answer
 
 
-def _continuation(tokenizer: Tokenizer, prompt: str, text: str) -> Segment:
+def continuation(tokenizer: Tokenizer, prompt: str, text: str) -> Segment:
     """A prompt and what follows, encoded together, with weights on what follows. White space between them belongs to
     what follows, as its tokens do."""
     kept = prompt.rstrip()
