@@ -7,6 +7,8 @@ python -m train --config=configs/midtraining.py:merge --workdir=runs/merge
 python -m train.sweep --config=configs/midtraining.py:extend --workdir=runs/extend
 python -m train.sweep --config=configs/midtraining.py:few --workdir=runs/few
 python -m train.sweep --config=configs/midtraining.py:placement --workdir=runs/placement
+python -m train.sweep --config=configs/midtraining.py:mixture --workdir=runs/mixture
+python -m train.mixtures runs/mixture --stage=anneal --evaluations=prose,problems,sums
 
   decay      the last 2.5, 5, 10 or 20% of the trunk's steps taken with the learning rate going to zero instead
   value      a source valued by a short anneal on 30% of it (Blakeney et al. 2024; OLMo 2, section 4.4, "microanneal"):
@@ -16,6 +18,7 @@ python -m train.sweep --config=configs/midtraining.py:placement --workdir=runs/p
              larger base (bloc97 2023, "NTK-aware"), or YaRN (Peng et al. 2023)
   few        50 steps on 32 worked problems, on 960 of which a quarter of the words are spoilt, or on 960 good ones
   placement  a tenth of a run on word problems, or on random letters: first, all along, or last
+  mixture    24 short anneals on mixtures of prose, word problems, sums and random letters: which would be best?
 """
 
 from __future__ import annotations
@@ -26,12 +29,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.base import SEEDS, add_stage, small
+from train.mixtures import swarm
 
 STEPS = 1000  # of the trunk
 TRUNK = 'runs/trunk/trunk'
 DECAYS = (0.025, 0.05, 0.1, 0.2)
 SPOILT = (0.0, 0.25, 0.5, 0.75)
-VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement')
+VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement', 'mixture')
 CONTEXT, LONG = 128, 512
 BASE = 500.0  # of the rotary embedding
 EXTENSIONS: dict[str, dict[str, float]] = {
@@ -39,6 +43,7 @@ EXTENSIONS: dict[str, dict[str, float]] = {
     'larger base': {'rope_theta': BASE * (LONG / CONTEXT) ** (16 / 14)},  # 16 dimensions are rotated
     'YaRN': {'rope_factor': LONG / CONTEXT},
 }
+MIXTURE, ARMS = {'text': 0.55, 'stories': 0.15, 'sums': 0.15, 'letters': 0.15}, 24
 FEW, MANY = 32, 960
 GIVEN: dict[str, tuple[int, float]] = {'few good': (FEW, 0.0), 'many spoilt': (MANY, 0.25), 'many good': (MANY, 0.0)}
 SHORT = 600  # steps of a run of `placement`
@@ -93,6 +98,12 @@ def get_config(variant: str = '') -> ConfigDict:
         longer: dict[str, Any] = {'sequence_length': LONG, 'evaluations': ('prose', 'long'), 'model': model}
         config.evaluations.long = {**config.evaluations.prose, 'length': LONG}
         add_stage(config, 'extend', 'midtrain', parent=TRUNK, steps=12, **{**anneal, **longer})
+    elif variant == 'mixture':
+        sums = {'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'max_value': 10, 'format': 'text'}
+        config.sources.sums = sums
+        config.evaluations.sums = {**config.evaluations.problems, 'source': {**sums, 'split': 'heldout'}}
+        judged = {**anneal, 'evaluations': tuple(config.evaluations)}
+        add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@950', steps=50, **judged)
     elif variant == 'few':
         config.sources.candidate.source = {**stories, 'records': MANY}
         mixture = ((0.0, {'candidate': 1.0}),)
@@ -103,6 +114,8 @@ def get_config(variant: str = '') -> ConfigDict:
 
 
 def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None:
+    for number, weights in enumerate(swarm(MIXTURE, ARMS) if variant == 'mixture' else ()):
+        add({'stages.anneal.mixture': ((0.0, weights),)}, f'{number:02}')
     for seed in SEEDS:
         if variant == 'decay':
             for share in DECAYS:
