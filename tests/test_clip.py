@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -116,3 +117,17 @@ def test_it_is_for_stages_in_which_all_weights_learn() -> None:
     ):
         with pytest.raises(InputError, match=said):
             check_clip({**stage, **wrong}, model)
+
+
+@pytest.mark.parametrize('changes', [{'remat': 'full'}, {'scan_layers': False}], ids=str)
+def test_how_layers_are_computed_changes_no_logit(changes: dict[str, Any]) -> None:
+    variables, rows = randomized(Model(LATENT).declared), packed()
+
+    def largest(config: ModelConfig) -> Any:
+        apply = functools.partial(Model(config).apply, multi_token=True, largest_logits=True)
+        return jax.jit(lambda v: apply(v, **rows).largest_logits)(variables)
+
+    expected = largest(LATENT)
+    assert len(jax.tree.leaves(expected)) == 3  # of the dense layer, the layer with experts and the module
+    found = largest(dataclasses.replace(LATENT, **changes))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
