@@ -249,10 +249,10 @@ def test_max_violation_is_of_the_whole_batch_and_ignores_padding():
     """Each microbatch is lopsided, the batch is not; a stand-in for the model sends token i to expert i of four."""
 
     class Routing:
-        def apply(self, variables, tokens, positions, segments, temperature, multi_token, expert_ids):
+        def apply(self, variables, tokens, positions, segments, temperature, multi_token, expert_ids, largest_logits):
             load = (jax.nn.one_hot(tokens, 4) * (segments > 0)[..., None]).sum((0, 1))
             statistics = {'load': load[None], 'entropy': jnp.sum(0.5 * (segments > 0))[None]}
-            return types.SimpleNamespace(statistics=statistics, loss=variables['params'])
+            return types.SimpleNamespace(statistics=statistics, loss=variables['params'], largest_logits=None)
 
         def updated_balance(self, balance, load):
             return balance + load
