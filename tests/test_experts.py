@@ -272,6 +272,9 @@ def test_max_violation_is_of_the_whole_batch_and_ignores_padding():
     assert run([[[0, 0, 1, 1]], [[2, 2, 3, 3]]], real) == ([[2, 2, 2, 2]], 0)
     assert run([[[0, 0, 1, 1]], [[2, 2, 3, 3]]], cut) == ([[2, 2, 2, 0]], pytest.approx(2 / 1.5 - 1))
     assert run([[[0, 0, 0, 0]], [[0, 0, 3, 3]]], cut) == ([[6, 0, 0, 0]], 3)
+    state['balance'] = jnp.array([[0.5, -2.0, 1.0, 0.0]])
+    batch = {name: np.ones((1, 1, 4), np.int32) for name in ('tokens', 'positions', 'segments')}
+    assert step(state, batch)[1]['experts/largest_bias'] == 2  # of those the step began with
 
 
 # Dispatch and the grouped matmul.

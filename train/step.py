@@ -215,6 +215,8 @@ def make_step(
             metrics['experts/max_violation'] = jnp.max(excess)
             # Experts with less than a tenth of the mean load, worst layer.
             metrics['experts/starved'] = jnp.max((load < 0.1 * mean[..., None]).mean(-1))
+            if biases := jax.tree.leaves(state['balance']):
+                metrics['experts/largest_bias'] = jnp.max(jnp.stack([jnp.abs(x).max() for x in biases]))
             metrics['experts/router_entropy'] = jnp.mean(aux['experts']['entropy']) / jnp.maximum(aux['tokens'], 1)
 
         if qk_clip:
