@@ -216,6 +216,8 @@ def _proposals(config: ConfigDict) -> None:
         add_stage(config, f'solve_rate_{seed}', 'grpo', levels=levels, curriculum='solve_rate', steps=80, **rl)
         # Proposals are short, and so are the answers to them: as many tokens in more steps.
         add_stage(config, f'proposer_{seed}', 'proposer_solver', steps=150, **rl)
+        add_stage(config, f'harder_{seed}', 'proposer_solver', steps=150, proposal_reward='hard', **rl)
+        add_stage(config, f'mixed_{seed}', 'proposer_solver', steps=110, posed=8, **rl)
 
 
 def _flywheel(config: ConfigDict) -> None:

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from data.files import Record
     from data.sources import Source
 
-KINDS = ('shuffled', 'random', 'repeated')
+KINDS = ('shuffled', 'random', 'repeated', 'digits')
 
 
 class Noisy:
     """The texts of another source with so large a share of their words spoilt: 'shuffled' has them trade places, so
     that words keep their frequencies and lose their order; 'random' puts random letters for them, as many; 'repeated'
-    puts the first of them for all. Which words, and how, depends on the record's number alone."""
+    puts the first of them for all; 'digits' puts a random digit for each in them, so that what was a sum keeps only its
+    form. Which words, and how, depends on the record's number alone."""
 
     def __init__(self, source: Source, kind: str = 'shuffled', share: float = 1.0):
         """Raises InputError for an unknown kind, a share outside 0 to 1, or records without a text."""
@@ -46,6 +47,8 @@ class Noisy:
             rng.shuffle(now)
         elif self._kind == 'random':
             now = [''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=len(parts[place]))) for place in spoilt]
+        elif self._kind == 'digits':
+            now = [re.sub(r'\d', lambda _: rng.choice('0123456789'), parts[place]) for place in spoilt]
         else:
             now = [parts[spoilt[0]]] * len(spoilt) if spoilt else []
         for place, word in zip(spoilt, now, strict=True):

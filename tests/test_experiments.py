@@ -7,17 +7,26 @@ from typing import Any
 
 import pytest
 
-from configs import methods, midtraining, spikes, steering
+from configs import ablations, methods, midtraining, spikes, steering
 from data.constitution import read_principles
 from data.tasks.errands import Errands
-from train.edges import differences, needed_for
+from model.config import ModelConfig
+from model.transformer import Model
+from train.edges import differences, needed_for, order
 from train.graph import Run
 from train.sweep import arms, declared
 
 FILES = (methods, steering)
 
 
-@pytest.mark.parametrize(('file', 'variant'), [(file, name) for file in FILES for name in file.VARIANTS])
+CHAINS = [
+    *((file, name) for file in FILES for name in file.VARIANTS),
+    (ablations, 'epochs'),
+    (ablations, 'specialists'),
+]
+
+
+@pytest.mark.parametrize(('file', 'variant'), CHAINS)
 def test_the_stages_of_an_experiment_can_be_built(file: Any, variant: str, tmp_path: Path) -> None:
     config = file.get_config(variant).to_dict()
     run = Run(config, tmp_path)
@@ -54,15 +63,21 @@ def test_the_principle_is_the_one_that_the_critic_was_taught() -> None:
         (midtraining, 'few', 9),
         (midtraining, 'placement', 21),
         (midtraining, 'mixture', 24),
+        (ablations, 'attention', 12),
+        (ablations, 'experts', 9),
+        (ablations, 'balance', 12),
+        (ablations, 'reasoning', 12),
+        (ablations, 'scaling', 13),
+        (ablations, 'thinking', 6),
     ],
 )
 def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_path: Path) -> None:
     """Stages that have no parent in a run of another config, as that would have to be trained before."""
     given = [variant] if variant else []
     made = arms(file.get_config(*given).to_dict(), *declared(file.__file__, *given))
-    assert len(made) == count == (1 if variant == 'mixture' else 3) * len({arm.group for arm in made})
+    assert len(made) == count == (1 if variant in ('mixture', 'scaling') else 3) * len({arm.group for arm in made})
     for arm in (made[0], made[-1]):
-        (name,) = arm.config['stages']
+        name = order(arm.config)[0]
         if not arm.config['stages'][name]['parent']:
             run = Run(arm.config, tmp_path / arm.name)
             run._check(name)
@@ -77,3 +92,15 @@ def test_anneals_end_where_the_trunk_does_and_start_where_it_saved() -> None:
     for parent, steps in starts:
         begin = int(parent.split('@')[1])
         assert begin % trunk.save_every == 0 and begin + steps == trunk.steps and trunk.keep >= trunk.steps
+
+
+def test_attention_is_compared_at_equal_parameters_and_experts_at_equal_active_ones() -> None:
+    for variant, kind, share in (('attention', 'total', 0.002), ('experts', 'active', 0.03)):
+        config = ablations.get_config(variant).to_dict()
+        made = arms(config, *declared(ablations.__file__, variant))
+        models = [Model(ModelConfig.from_dict({**arm.config['model'], 'vocab_size': 1024})) for arm in made]
+        counts = [model.parameter_counts[kind] for model in models]
+        assert max(counts) / min(counts) < 1 + share
+        if variant == 'attention':
+            caches = {arm.group: model.config.cache_elements_per_token for arm, model in zip(made, models, strict=True)}
+            assert caches == {'latent': 192, 'multi-head': 768, 'grouped-query': 384, 'multi-query': 192}

@@ -14,7 +14,7 @@ from test_rollout import model, tokenizer
 from data.errors import InputError
 from data.tasks import Proposable, get_task
 from train.algorithms import Trajectory
-from train.proposer import ProposerStream, learnability
+from train.proposer import ProposerStream, hardness, learnability
 from train.stages import stage_defaults
 
 PROPOSALS, SAMPLES = 16, 4
@@ -43,6 +43,7 @@ def said(trajectory: Trajectory) -> str:
 
 def test_learnability_is_highest_at_a_half() -> None:
     np.testing.assert_allclose([learnability(p) for p in (0, 0.25, 0.5, 0.75, 1)], [0, 0.5, 1, 0.5, 0])
+    np.testing.assert_allclose([hardness(p) for p in (0, 0.25, 0.5, 1)], [0, 0.75, 0.5, 0])
 
 
 def test_each_role_earns_its_own() -> None:
@@ -74,6 +75,29 @@ def test_each_role_earns_its_own() -> None:
     assert metrics['proposer/distinct'] == len(different) / PROPOSALS
     assert metrics['proposer/solve_rate'] == pytest.approx(np.mean(list(rates.values())))
     assert metrics['proposer/reward'] == pytest.approx(np.mean(earned))
+
+
+def test_some_problems_may_be_the_tasks_own() -> None:
+    """It comes first, earns nothing as proposal, and is solved as the others are; here what is hard earns most."""
+    made, kept = stream(posed=1, proposal_reward='hard'), []
+    inner = made._minibatches
+    made._minibatches = lambda groups, turn: kept.extend(groups) or inner(groups, turn)  # type: ignore
+    _, state = made.next(0, model()[1])
+    *answers, proposals = kept
+    assert len(proposals) == PROPOSALS - 1
+    task = get_task('parity')
+    assert isinstance(task, Proposable)
+    own = [task.prompt(number).key for number in range(1)]
+    asked = [tokenizer().decode(group[0].prompt) for group in answers]
+    assert all(key in text for key, text in zip(own, asked[:1], strict=True))
+    keys = [found.key if t.stopped and (found := task.parse(said(t))) else '' for t in proposals]
+    new = [key for i, key in enumerate(keys) if key and key not in own + keys[:i]]
+    assert len(answers) == 1 + len(new) > 1
+    rates = {key: np.mean([t.rewards.sum() for t in group]) for key, group in zip(new, answers[1:], strict=True)}
+    first = [key in rates and key not in keys[:i] for i, key in enumerate(keys)]
+    earned = [hardness(rates[key]) if fresh else -0.5 for key, fresh in zip(keys, first, strict=True)]
+    np.testing.assert_allclose([t.rewards.sum() for t in proposals], earned, atol=1e-12)
+    assert state['metrics']['proposer/distinct'] == len(new) / len(proposals)
 
 
 def test_tokens_of_both_roles_are_counted() -> None:
@@ -112,6 +136,8 @@ def test_where_nothing_is_proposed_nothing_is_solved() -> None:
         ({'task': 'sudoku'}, "task.name is 'sudoku': expected a task that takes proposals, such as arithmetic"),
         ({'levels': ({'digits': 1},)}, 'levels is .*: expected none, as the proposer decides'),
         ({'refills': 1}, 'refills is 1: expected none'),
+        ({'posed': 16}, 'posed is 16: expected 0 or more, and fewer than prompts, 16'),
+        ({'proposal_reward': 'hrd'}, "proposal_reward is 'hrd'.*did you mean 'hard'"),
         ({'batch_size': 79}, 'batch_size is 79: expected at least 80'),
     ],
 )

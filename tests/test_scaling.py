@@ -54,7 +54,12 @@ def test_intervals_hold_the_truth_four_times_further_on() -> None:
 
 def run(folder: Path, point: Point) -> None:
     folder.mkdir(parents=True)
-    told = {'parameters': {'total': 0, 'active': point.parameters}, 'tokens': point.tokens}
+    text = {'value': point.loss / 2, 'direction': 'lower'}
+    told = {
+        'parameters': {'total': 0, 'active': point.parameters},
+        'tokens': point.tokens,
+        'evaluations': {'text': text},
+    }
     (folder / 'finished.json').write_text(json.dumps(told))
     losses = [9.0] * 9 + [point.loss]
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps({'loss': x}) + '\n' for x in losses))
@@ -72,9 +77,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert 'held out: 6,000,000 parameters, 32,000,000 tokens, 4.0 times the largest compute fitted' in said
     assert '100,000,000 parameters, 1,000,000,000 tokens: ' in said
     assert main([str(tmp_path), '--json']) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 13
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and main([str(tmp_path), '--json', '--evaluation=text']) == 0
+    for line, halved in zip(lines, capsys.readouterr().out.splitlines(), strict=True):
+        assert json.loads(line)['loss'] == pytest.approx(2 * json.loads(halved)['loss'])
     for arguments, message in (
         (['--stage=sft'], "has finished a stage 'sft'"),
+        (['--evaluation=texts'], "no evaluation 'texts' that is a loss; did you mean 'text'"),
         (['--hold=1'], 'expected more than 1'),
         (['--hold=1000'], '--hold'),
         (['--predict=1e9'], 'expected PARAMETERS,TOKENS'),

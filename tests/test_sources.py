@@ -338,6 +338,16 @@ class TestNoisy:
         assert 0.8 * share * words <= changed <= share * words + 20
         assert len(noisy) == len(clean)
 
+    def test_sums_may_keep_their_form_alone(self):
+        sums = {'type': 'task', 'name': 'arithmetic', 'format': 'text'}
+        clean, noisy = open_source(sums), open_source({**self.spec('digits', 1.0), 'source': sums})
+        right = 0
+        for index in range(50):
+            old, new = clean[index]['text'], noisy[index]['text']
+            assert re.sub(r'\d', '0', old) == re.sub(r'\d', '0', new)
+            right += old == new
+        assert right < 5
+
     def test_bad_options_are_named(self):
         for kind, share, message in (('shufled', 1.0, 'did you mean'), ('random', 1.5, 'share 1.5: expected 0 to 1')):
             with pytest.raises(InputError, match=message):

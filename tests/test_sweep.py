@@ -12,19 +12,20 @@ import pytest
 from small import get_config, one_device
 
 from data.errors import InputError
+from model.config import ModelConfig
 from train.compare import compare
+from train.ranking import reading, table, write_page, write_table
 from train.sweep import (
     Arm,
     arms,
     commands,
+    compared,
     identity,
     label,
     last_stages,
     link,
     product,
     run_arm,
-    table,
-    write_table,
 )
 
 
@@ -118,7 +119,7 @@ def test_what_arms_share_is_trained_once(
     assert len(list((tmp_path / 'shared').glob('pretrain-*'))) == 1 == len(list((tmp_path / 'shared').glob('token*')))
     assert len((one / 'pretrain' / 'metrics.jsonl').read_text().splitlines()) == 2
     assert last_stages(config, ['pretrain', 'midtrain']) == ['midtrain']
-    rows = table(tmp_path, made, ['midtrain'])
+    rows = table({arm.group: [tmp_path / arm.name] for arm in made}, compared(made, names))
     assert sorted(row.arm for row in rows) == sorted(arm.name for arm in made)
     assert {row.measure for row in rows} == {'loss'} and [row.verdict for row in rows] == ['best', 'not separated']
     other = Arm(made[0].name, {}, {**made[0].config, 'seed': 1}, made[0].group)
@@ -156,7 +157,8 @@ def test_the_table_says_what_is_apart_and_what_is_not(tmp_path: Path) -> None:
             place.mkdir(parents=True)
             (place / 'finished.json').write_text(json.dumps({'evaluations': {'right': said, 'bits': loss}}))
             (place / 'evaluations.json').write_text(json.dumps({'right': said, 'bits': loss}))
-    rows = {(row.measure, row.arm): row for row in table(tmp_path, made, ['last'])}
+    groups = {f'attention={arm}': [tmp_path / f'attention={arm}__seed={seed}' for seed in range(3)] for arm in 'abc'}
+    rows = {(row.measure, row.arm): row for row in table(groups, ['last'])}
     best, other = 'attention=a', 'attention=b'
     if rows['right', best].verdict != 'best':
         best, other = other, best
@@ -169,7 +171,33 @@ def test_the_table_says_what_is_apart_and_what_is_not(tmp_path: Path) -> None:
     assert worst.low < worst.value < worst.high
     assert rows['bits', 'attention=c'].verdict.startswith('every seed behind')
     assert (rows['bits', 'attention=a'].low, rows['bits', 'attention=a'].high) == (2.0, 2.2)
+    assert reading([row for row in rows.values() if row.measure == 'bits']).count('behind it: attention=c;') == 1
     text = write_table(tmp_path, list(rows.values()))
     assert text.count('\n') == 2 + 6
     with (tmp_path / 'sweep.csv').open() as file:
         assert [line['arm'] for line in csv.DictReader(file)] == [row.arm for row in rows.values()]
+
+
+def test_what_arms_are_stands_beside_what_they_came_to(tmp_path: Path) -> None:
+    """Cache and parameters where they differ, MaxVio at the end, and a plot of each measure over the cache."""
+    for arm, heads, loss in (('mqa', 1, 2.5), ('mha', 4, 2.25)):
+        place = tmp_path / arm / 'run'
+        place.mkdir(parents=True)
+        model = ModelConfig(attention='gqa', num_key_value_heads=heads, head_dim=16, num_hidden_layers=3)
+        (place / 'config.json').write_text(json.dumps({'model': model.to_dict()}))
+        parameters = {'total': 1000, 'active': 500 + heads}
+        (place / 'finished.json').write_text(json.dumps({'evaluations': {}, 'parameters': parameters}))
+        lines = [{'loss': 9.0, 'experts/max_violation': 9.0}] * 9 + [{'loss': loss, 'experts/max_violation': 0.5}]
+        (place / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    rows = table({arm: [tmp_path / arm] for arm in ('mqa', 'mha')}, ['run'])
+    found = {(row.measure, row.arm): row for row in rows}
+    assert {row.measure for row in rows} == {'loss', 'MaxVio', 'cache elements a token', 'active parameters'}
+    assert (found['loss', 'mha'].value, found['MaxVio', 'mqa'].value) == (2.25, 0.5)
+    assert (
+        found['cache elements a token', 'mqa'].value == 2 * 1 * 16 * 3 and not found['active parameters', 'mqa'].verdict
+    )
+    page = write_page(tmp_path, rows, 'cache elements a token').read_text()
+    assert page.count('<svg') == 2 and 'mha is first; not separated from it: mqa.' in page
+    assert 'id="figure0-' in page and 'id="figure1-' in page
+    with pytest.raises(InputError, match="--over is 'cash': expected one of"):
+        write_page(tmp_path, rows, 'cash')

@@ -245,6 +245,15 @@ def test_arithmetic_is_right(index, operations, digits, max_value, split):
         assert APPLY[sign](int(left), int(right)) == int(result)
 
 
+def test_arithmetic_may_be_answered_at_once():
+    task, direct = get_task('arithmetic'), get_task('arithmetic', direct=True)
+    prompt = direct.prompt(3)
+    assert prompt.text == task.prompt(3).text and prompt.reference == task.prompt(3).reference.splitlines()[-1]
+    assert direct.verify(prompt, prompt.reference).score == 1
+    with pytest.raises(InputError, match='direct is True: expected False where answers must be worked out'):
+        get_task('arithmetic', direct=True, worked=True)
+
+
 def test_arithmetic_parts():
     task = get_task('arithmetic')
     tree = [[[3, '+', 4], '*', [6, '-', 1]], '-', 5]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,17 @@ class Curve:
     y: Sequence[float]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A value with its interval; `x` is where it stands, None for a row of its own."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    x: float | None = None
+
+
 def metric_curves(
     records: Mapping[str, Sequence[Mapping[str, float]]], metric: str, colours: Mapping[str, str]
 ) -> list[Curve]:
@@ -48,8 +60,50 @@ def metric_curves(
     return curves
 
 
-def draw(curves: Sequence[Curve], y_label: str, name: str) -> str:
-    """An `<svg>` element of the curves over tokens; `name` keeps its identifiers unique on the page."""
+def draw(curves: Sequence[Curve], y_label: str, name: str, x_label: str = 'tokens seen') -> str:
+    """An `<svg>` element of the curves; `name` keeps its identifiers unique on the page."""
+    with _canvas(name, 3.1) as (axes, out):
+        from matplotlib.ticker import EngFormatter
+
+        for curve in curves:
+            x, y = _thin(np.asarray(curve.x, float), np.asarray(curve.y, float))
+            smooth = _smooth(y)
+            marker = 'o' if len(x) == 1 else ''
+            axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
+            # A leading underscore would hide the stage from the legend.
+            axes.plot(x, smooth, color=curve.colour, linewidth=1.6, marker=marker, label=curve.label.lstrip('_'))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        if len(curves) <= MOST_LABELS:
+            axes.legend(frameon=False, fontsize=9)
+    return _svg(out.getvalue(), name)
+
+
+def marks(values: Sequence[Mark], label: str, x_label: str, name: str) -> str:
+    """An `<svg>` element of values with intervals: a row each, or, where they have places, over those."""
+    with _canvas(name, 3.1 if x_label else 0.9 + 0.28 * len(values)) as (axes, out):
+        for row, mark in enumerate(values):
+            colour = PALETTE[row % len(PALETTE)]
+            spread = [[max(mark.value - mark.low, 0.0)], [max(mark.high - mark.value, 0.0)]]
+            if x_label:
+                axes.errorbar([mark.x], [mark.value], yerr=spread, fmt='o', color=colour, capsize=3)
+                axes.annotate(mark.label, (mark.x, mark.value), (6, 4), textcoords='offset points', fontsize=9)
+            else:
+                axes.errorbar([mark.value], [-row], xerr=spread, fmt='o', color=colour, capsize=3)
+        axes.set_xlabel(x_label or label)
+        if x_label:
+            axes.set_ylabel(label)
+            axes.margins(x=0.15, y=0.15)
+        else:
+            axes.set_yticks([-row for row in range(len(values))], [mark.label for mark in values])
+            axes.margins(y=0.5 / max(len(values), 1))
+    return _svg(out.getvalue(), name)
+
+
+@contextlib.contextmanager
+def _canvas(name: str, height: float) -> Iterator[tuple[Any, io.StringIO]]:
+    """The axes of a figure, and where that is written once it is drawn."""
     import matplotlib  # here, because it is slow to import and most commands draw nothing
 
     style: dict[Any, Any] = {
@@ -67,33 +121,19 @@ def draw(curves: Sequence[Curve], y_label: str, name: str) -> str:
     }
     with matplotlib.rc_context(style):
         from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-        from matplotlib.ticker import EngFormatter
 
-        figure = Figure(figsize=(7.2, 3.1), layout='constrained')
+        figure, out = Figure(figsize=(7.2, height), layout='constrained'), io.StringIO()
         axes = figure.add_subplot()
-        for curve in curves:
-            x, y = _thin(np.asarray(curve.x, float), np.asarray(curve.y, float))
-            smooth = _smooth(y)
-            marker = 'o' if len(x) == 1 else ''
-            axes.plot(x, y, color=curve.colour, alpha=0.25, linewidth=0.8)
-            # A leading underscore would hide the stage from the legend.
-            axes.plot(x, smooth, color=curve.colour, linewidth=1.6, marker=marker, label=curve.label.lstrip('_'))
-        axes.set_xlabel('tokens seen')
-        axes.set_ylabel(y_label)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        yield axes, out
         axes.grid(alpha=0.15)
         axes.spines[['top', 'right']].set_visible(False)
-        if len(curves) <= MOST_LABELS:
-            axes.legend(frameon=False, fontsize=9)
-        out = io.StringIO()
-        figure.savefig(
-            out,
-            format='svg',
-            transparent=True,
-            metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None},
-        )
-    svg = out.getvalue()
-    svg = svg[svg.index('<svg') :].replace(INK, 'currentColor')
+        metadata: dict[str, Any] = {'Date': None, 'Creator': None, 'Format': None, 'Type': None}
+        figure.savefig(out, format='svg', transparent=True, metadata=metadata)
+
+
+def _svg(text: str, name: str) -> str:
+    """The element alone, in the page's colours."""
+    svg = text[text.index('<svg') :].replace(INK, 'currentColor')
     # Identifiers share one name space on the page, and only some of matplotlib's are salted.
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf'\1{name}-', svg)

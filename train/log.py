@@ -16,7 +16,7 @@ from train.events import note
 from train.progress import Progress
 
 BUFFER = 2**24  # bytes of metric lines that wait in memory while a disk is full
-LAST = 0.1  # share of a stage's steps whose mean loss is told
+LAST = 0.1  # share of a stage's steps whose mean is told
 FLUSH = 30.0  # seconds between looks that TensorBoard can take
 
 
@@ -77,12 +77,12 @@ class Log:
             self._board = None
 
 
-def last_loss(folder: Path) -> float | None:
-    """The mean loss of the last tenth of a stage's steps; None where its metrics have none."""
+def at_the_end(folder: Path, metric: str = 'loss') -> float | None:
+    """The mean of a metric over the last tenth of a stage's steps; None where its metrics have none."""
     path = folder / 'metrics.jsonl'
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-    losses = [line['loss'] for line in lines if 'loss' in line]
-    tail = losses[-max(1, round(LAST * len(losses))) :]
+    values = [line[metric] for line in lines if metric in line]
+    tail = values[-max(1, round(LAST * len(values))) :]
     return sum(tail) / len(tail) if tail else None
 
 

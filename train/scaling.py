@@ -1,9 +1,10 @@
 """How the loss falls with parameters and tokens: a scaling law fitted to finished runs, and what it predicts.
 
-python -m train.scaling DIR [DIR ...] --stage=pretrain [--hold=4] [--predict=PARAMETERS,TOKENS]
+python -m train.scaling DIR [DIR ...] --stage=pretrain [--evaluation=NAME] [--hold=4] [--predict=PARAMETERS,TOKENS]
 
 Each DIR holds runs, as `train.sweep` leaves them, or is one. Of each finished stage of that name the parameters
-active for a token, the tokens it saw and the mean loss of its last tenth are a point. Runs of more than 1 / --hold of
+active for a token, the tokens it saw and its loss are a point: the mean over its last tenth or, of all runs on the same
+text, an evaluation in bits per byte. Runs of more than 1 / --hold of
 the largest compute are predicted from the others, and not fitted.
 """
 
@@ -21,10 +22,10 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from data.errors import InputError
+from data.errors import InputError, did_you_mean
 from train.checkpoint import read_json
 from train.command import command
-from train.log import last_loss
+from train.log import at_the_end
 
 RESAMPLES = 200
 DELTA = 1e-3  # of the Huber loss, in nats of log-loss
@@ -35,7 +36,7 @@ FEW, MANY = 100, 3000
 
 
 class Point(NamedTuple):
-    """A run: active parameters, tokens, loss in nats a token."""
+    """A run: active parameters, tokens, loss in nats a token or bits per byte."""
 
     parameters: float
     tokens: float
@@ -135,11 +136,11 @@ def between(laws: Sequence[Law], parameters: float, tokens: float) -> tuple[floa
     return float(low), float(high)
 
 
-def points_of(folders: Sequence[Path], stage: str) -> list[Point]:
+def points_of(folders: Sequence[Path], stage: str, evaluation: str = '') -> list[Point]:
     """The runs in some folders that have finished a stage; each counts once, however many runs share it.
 
     Raises:
-        InputError: a folder without such a run.
+        InputError: a folder without such a run; one without the evaluation, or where more of it is better.
     """
     found: dict[Path, Point] = {}
     for folder in folders:
@@ -148,7 +149,13 @@ def points_of(folders: Sequence[Path], stage: str) -> list[Point]:
             raise InputError(f'{folder}: no run in it has finished a stage {stage!r}')
         for path in finished:
             told = read_json(path)
-            loss = last_loss(path.parent)
+            loss = at_the_end(path.parent)
+            if evaluation:
+                said = told['evaluations'].get(evaluation)
+                if said is None or said['direction'] != 'lower':
+                    near = did_you_mean(evaluation, told['evaluations'])
+                    raise InputError(f'{path.parent}: no evaluation {evaluation!r} that is a loss{near}')
+                loss = float(said['value'])
             if loss is None:
                 raise InputError(f'{path.parent}: no loss in its metrics: expected a stage that trains')
             found[path.resolve()] = Point(float(told['parameters']['active']), float(told['tokens']), loss)
@@ -195,13 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument('folders', nargs='+', metavar='DIR', help='a run, or a folder of runs')
     parser.add_argument('--stage', default='pretrain')
+    parser.add_argument('--evaluation', default='', help='a loss on held-out text instead of that in training')
     parser.add_argument('--hold', type=float, default=0.0, help='runs within this factor of the largest are held out')
     parser.add_argument('--predict', default='', metavar='PARAMETERS,TOKENS')
     parser.add_argument('--json', action='store_true', help='the points alone, a line of JSON each')
     options = parser.parse_args(arguments)
     if options.hold and options.hold <= 1:
         raise InputError(f'--hold is {options.hold}: expected more than 1, or 0 to fit all runs')
-    points = points_of([Path(folder) for folder in options.folders], options.stage)
+    points = points_of([Path(folder) for folder in options.folders], options.stage, options.evaluation)
     if options.json:
         print('\n'.join(json.dumps(p._asdict()) for p in points))
         return 0

@@ -266,8 +266,8 @@ KINDS: dict[str, Kind] = {
         stream=games, models={**_OTHERS, 'opponent': ''}, algorithm='dr_grpo', opponent_share=0.5, pool=2, keep=3
     ),
     # The model proposes the problems that it solves, and earns something for those that it solves sometimes; a
-    # proposal that is none, or not new, has `invalid_reward`.
-    'proposer_solver': _reinforcement(stream=proposals, invalid_reward=-0.5),
+    # proposal that is none, or not new, has `invalid_reward`. `posed` of `prompts` problems are the task's own.
+    'proposer_solver': _reinforcement(stream=proposals, invalid_reward=-0.5, proposal_reward='half', posed=0),
     # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {

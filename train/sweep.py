@@ -9,17 +9,18 @@ by a call of add({FIELD: VALUE, ...}) for each, or add({...}, NAME); where --con
 once. The same command goes on where it was.
 
   --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
+  --over      on the page, plots over this measure, such as 'cache elements a token'
   --stage     of each arm only this stage and those it needs
   --config.X  any field of the config, in all arms, as in `python -m train`
 
-DIR holds a folder for each arm, which is the workdir of a run; sweep.csv and sweep.md have the table.
+DIR holds a folder for each arm, which is the workdir of a run; sweep.csv and sweep.md have the table, sweep.html
+plots as well.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import csv
 import functools
 import hashlib
 import importlib.util
@@ -34,24 +35,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict, sources_of
 from train.__main__ import parse
-from train.checkpoint import read_json
 from train.command import command
-from train.compare import compare
 from train.edges import needed_for, order, stage_model, stages_needed, steps_pinned
 from train.graph import Run
 from train.host import prepare, say
-from train.log import last_loss
+from train.ranking import table, write_page, write_table
 from train.report import write_report
-from train.statistics import interval
 
 _SETS = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE,VALUE,...: a field of the config and what it is set to.')
+_OVER = flags.DEFINE_string('over', '', 'The measure over which the page plots the others.')
 _PRINT = flags.DEFINE_boolean('print', False, 'Print commands instead of running them.')
 
 SHARED = 'shared'  # in the sweep's folder: stages that more than one arm may need
@@ -66,23 +64,6 @@ class Arm(NamedTuple):
     changes: Changes
     config: dict[str, Any]
     group: str
-
-
-class Row(NamedTuple):
-    """What a group of arms that differ in their seed came to, in one measure.
-
-    `low` and `high` are a 95% bootstrap interval over items where the measure scores items, else the range of the
-    seeds. `verdict` says how the best one is ahead of this one.
-    """
-
-    stage: str
-    measure: str
-    arm: str
-    seeds: int
-    value: float
-    low: float
-    high: float
-    verdict: str
 
 
 def product(config: Mapping[str, Any], sets: Sequence[str]) -> list[Changes]:
@@ -219,73 +200,16 @@ def last_stages(config: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in needed]
 
 
-def table(folder: Path, made: Sequence[Arm], stages: Sequence[str]) -> list[Row]:
-    """What the arms came to, in each measure of each of the stages; arms that have not got there are left out."""
-    groups: dict[str, list[Arm]] = {}
-    for arm in made:
-        groups.setdefault(arm.group, []).append(arm)
-    rows = []
-    for stage in stages:
-        folders = {name: [folder / arm.name / stage for arm in group] for name, group in groups.items()}
-        done = {name: some for name, some in folders.items() if all((f / 'finished.json').exists() for f in some)}
-        measured = {name: [_measures(f) for f in some] for name, some in done.items()}
-        for measure in dict.fromkeys(m for seeds in measured.values() for said in seeds for m in said):
-            held = {name: seeds for name, seeds in measured.items() if all(measure in said for said in seeds)}
-            rows += _ranked(stage, measure, {n: [s[measure] for s in seeds] for n, seeds in held.items()}, done)
-    return rows
-
-
-def _measures(folder: Path) -> dict[str, dict[str, Any]]:
-    """Evaluations of a stage, and its loss at the end."""
-    found: dict[str, dict[str, Any]] = dict(read_json(folder / 'finished.json')['evaluations'])
-    if (loss := last_loss(folder)) is not None:
-        found['loss'] = {'value': loss, 'direction': 'lower', 'details': {}}
-    return found
-
-
-def _ranked(
-    stage: str, measure: str, said: Mapping[str, list[dict[str, Any]]], folders: Mapping[str, list[Path]]
-) -> list[Row]:
-    """A row for each group, the best first."""
-    values = {name: [float(x['value']) for x in seeds] for name, seeds in said.items()}
-    sign = -1 if next(iter(said.values()))[0]['direction'] == 'lower' else 1
-    ranked = sorted(values, key=lambda name: -sign * float(np.mean(values[name])))
-    best = ranked[0]
-    items = {name: [x['details'].get('scores') for x in said[name]] for name in ranked}
-    paired = len({None if x is None else len(x) for seeds in items.values() for x in seeds}) == 1
-    paired &= None not in items[best] and len({len(seeds) for seeds in items.values()}) == 1
-    rows = []
-    for name in ranked:
-        low, high = interval(np.mean(items[name], axis=0)) if paired else (min(values[name]), max(values[name]))
-        if name == best:
-            verdict = 'best'
-        elif paired:
-            ahead = compare([str(f) for f in folders[name]], [str(f) for f in folders[best]], measure)[measure]
-            apart = ahead['low'] > 0 or ahead['high'] < 0
-            gap = f'{ahead["difference"]:+.4f} [{ahead["low"]:+.4f}, {ahead["high"]:+.4f}]'
-            verdict = f'best differs by {gap}' + ('' if apart else ': not separated')
-        else:
-            gaps = [sign * (a - b) for a in values[best] for b in values[name]]
-            apart = len(gaps) > 1 and min(gaps) > 0
-            verdict = 'every seed behind every one of the best' if apart else 'not separated'
-        rows.append(Row(stage, measure, name, len(values[name]), float(np.mean(values[name])), low, high, verdict))
-    return rows
-
-
-def write_table(folder: Path, rows: Sequence[Row]) -> str:
-    """Writes sweep.csv and sweep.md; gives the latter."""
-    with (folder / 'sweep.csv').open('w', newline='') as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    head = ['| stage | measure | arm | seeds | value | |', '|---|---|---|---|---|---|']
-    body = [
-        f'| {r.stage} | {r.measure} | {r.arm} | {r.seeds} | {r.value:.4f} [{r.low:.4f}, {r.high:.4f}] | {r.verdict} |'
-        for r in rows
-    ]
-    text = '\n'.join([*head, *body]) + '\n'
-    (folder / 'sweep.md').write_text(text)
-    return text
+def compared(made: Sequence[Arm], names: Mapping[str, list[str]]) -> list[str]:
+    """The stages that the table shows: each arm's last ones, and evaluated ones that are not the same in all."""
+    lasts = {name for arm in made for name in last_stages(arm.config, names[arm.name])}
+    shown = []
+    for name in dict.fromkeys(name for arm in made for name in names[arm.name]):
+        different = len({identity(arm.config, name) for arm in made if name in names[arm.name]}) > 1
+        evaluated = any(arm.config['stages'][name].get('evaluations') for arm in made if name in names[arm.name])
+        if name in lasts or (different and evaluated):
+            shown.append(name)
+    return shown
 
 
 def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], shared: Sequence[str]) -> list[str]:
@@ -348,8 +272,12 @@ def main(arguments: list[str]) -> int:
     for number, arm in enumerate(made, 1):
         say(f'arm {number} of {len(made)}: {arm.name}')
         run_arm(folder, arm, last, commands(folder, [arm], names, given)[-1])
-    stages = list(dict.fromkeys(n for arm in made for n in last_stages(arm.config, names[arm.name])))
-    print(write_table(folder, table(folder, made, stages)), end='')
+    groups: dict[str, list[Path]] = {}
+    for arm in made:
+        groups.setdefault(arm.group, []).append(folder / arm.name)
+    rows = table(groups, compared(made, names))
+    print(write_table(folder, rows), end='')
+    print(write_page(folder, rows, _OVER.value))
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any, ClassVar, TypeAlias
 
+from data.errors import InputError
 from data.tasks import (
     BLANK,
     Part,
@@ -40,13 +41,15 @@ class Arithmetic(ProceduralTask):
     score is that of the final answer alone; parts judge each line with an equals sign: 1 if it is a legal reduction of
     what the earlier lines left, in any order, done right.
     With `worked`, the answer must be worked out: a wrong or missing line scores nothing. Where few answers are common,
-    a policy rewarded for the answer alone soon writes lines that lead nowhere, and guesses.
+    a policy rewarded for the answer alone soon writes lines that lead nowhere, and guesses. With `direct` the reference
+    is the answer alone.
     """
 
     operations: tuple[int, int] = (1, 3)
     digits: int = 2
     max_value: int = 99
     worked: bool = field(default=False, repr=False)  # no part of the seed: it changes the verdict, not the problem
+    direct: bool = field(default=False, repr=False)  # nor is this
     invitation: ClassVar[str] = 'Propose an expression to compute.'
 
     def __post_init__(self) -> None:
@@ -55,6 +58,9 @@ class Arithmetic(ProceduralTask):
         self._integer('digits', 1, 9)
         self._integer('max_value', 1, 10**9)
         self._boolean('worked')
+        self._boolean('direct')
+        if self.worked and self.direct:
+            raise InputError("task 'arithmetic': direct is True: expected False where answers must be worked out")
 
     def draw(self, rng: random.Random) -> tuple[str, Tree]:
         tree = self._grow(rng, uniform(rng, *self.operations), self.max_value)[0]
@@ -63,6 +69,8 @@ class Arithmetic(ProceduralTask):
     def pose(self, key: str, problem: Tree, rng: random.Random) -> Prompt:
         steps: list[str] = []
         answer = str(_reduce_all(problem, steps))
+        if self.direct:
+            steps.clear()
         return Prompt(
             text=f'Compute {_render(problem)}.',
             reference='\n'.join([*steps, f'Answer: {answer}']),
