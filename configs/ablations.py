@@ -57,7 +57,7 @@ def get_config(variant: str = '') -> ConfigDict:
     config.sources.text = {'type': 'stdlib', 'piece': 2000}
     config.tokenizer.update(sources=('text',), vocab_size=1024)
     held_out = {'type': 'stdlib', 'split': 'heldout'}
-    config.evaluations.prose = {'type': 'text', 'source': held_out, 'length': 128}
+    config.evaluations.prose = {'type': 'text', 'source': held_out, 'length': 128, 'documents': 0}
     VARIANTS[variant](config)
     return config
 

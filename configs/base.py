@@ -95,6 +95,19 @@ def add_large_stage(
     add_stage(config, name, kind, steps=steps, optimizer={**optimizer, 'warmup': warmup / steps}, **fields)
 
 
+def shortened(config: ConfigDict, share: float, *names: str) -> dict[str, Any]:
+    """The config with the named stages alone, and a share of their steps and of what evaluations judge them on."""
+    for name in list(config.stages):
+        if name not in names:
+            del config.stages[name]
+        elif 'steps' in config.stages[name]:
+            config.stages[name].steps = max(2, round(share * config.stages[name].steps))
+    for evaluation in config.evaluations.values():
+        field, usual = ('documents', 16) if evaluation['type'] == 'text' else ('items', 128)
+        evaluation[field] = max(2, round(share * (evaluation.get(field) or usual)))
+    return dict(config.to_dict())
+
+
 def add_stage(config: ConfigDict, name: str, kind: str, **fields: Any) -> None:
     """Adds a stage: the defaults of its kind, with `fields` over them (mappings are merged one level deep)."""
     stage = ConfigDict(stage_defaults(kind))
