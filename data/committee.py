@@ -1,6 +1,6 @@
 """Committees: several generators write, several judges vote, and what the vote accepts becomes records.
 
-All of it is functions of text. `data.endpoint` makes generators and scorers of HTTP endpoints, `train.members` of
+All of it is functions of text. `data.endpoint` makes generators and scorers of HTTP endpoints, `train.act.members` of
 checkpoints. A member may have an attribute `usage`, counters of what it cost; reports say how they grew.
 """
 
@@ -73,7 +73,7 @@ class Tally(NamedTuple):
     cost: Cost
 
 
-Interval = Callable[[np.ndarray], tuple[float, float]]  # of a mean over items, such as `train.statistics.interval`
+Interval = Callable[[np.ndarray], tuple[float, float]]  # of a mean, as `train.measure.statistics.interval`
 Judge = Callable[[Sequence[Item], int], list[Vote]]  # (items, seed) -> a vote on each
 Rule = Callable[[Mapping[str, Vote]], Vote]  # the votes on one item by name of the judge -> that of the committee
 Ask = Callable[

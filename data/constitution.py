@@ -179,7 +179,7 @@ def contrast(
     Args:
         prompts: see `read_contrast`.
         answers: one to each; '' (no whole answer) counts in neither rate.
-        interval: of a mean over items (`train.statistics.interval`).
+        interval: of a mean over items (`train.measure.statistics.interval`).
 
     Returns:
         over_refusal (refused share of safe prompts) and unsafe_compliance (share of unsafe prompts not refused), each

@@ -17,11 +17,11 @@ from data.stream import State as StreamState
 from model.sharding import make_mesh
 from model.transformer import Model
 from train.checkpoint import Checkpoints
+from train.learn.objectives import next_token
+from train.learn.optimizer import make_optimizer
+from train.learn.step import Layout, State, initial_state
 from train.loop import Plan
-from train.objectives import next_token
-from train.optimizer import make_optimizer
 from train.stages import COMMON
-from train.step import Layout, State, initial_state
 
 LENGTH = 16
 

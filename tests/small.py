@@ -15,7 +15,7 @@ from configs import demo
 from data.mixture import as_dict
 from model.config import ModelConfig
 from model.sharding import make_mesh
-from train.step import Layout
+from train.learn.step import Layout
 
 VOCABULARY = 400  # that of `text.small_tokenizer`
 # Each the child of the one before.

@@ -13,10 +13,10 @@ from small import get_config, one_device
 from configs.base import add_stage
 from data.errors import InputError
 from data.sources import open_source
-from train.answers import Answers
+from train.act.answers import Answers
 from train.checkpoint import read_json
-from train.edges import check_edges, order
-from train.graph import Run
+from train.launch.edges import check_edges, order
+from train.launch.graph import Run
 
 
 def answer(text: str, sample: int = 0, score: float = 1.0) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_which_answers_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_stage_learns_from_what_another_has_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+    monkeypatch.setattr('train.launch.graph.make_mesh', lambda sizes: one_device())
     config = get_config()
     config.stages.grpo.update(steps=2, parent='pretrain', records='all', reward='random')
     config.stages.pretrain.steps = 2

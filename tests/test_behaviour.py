@@ -16,11 +16,11 @@ from text import small_tokenizer
 from data.errors import InputError
 from data.tasks import Prompt, Verdict, get_task
 from model.transformer import Model
-from train.behaviour import Read, behaviour, coverage, diversity, drift, embedded, page, read, shift, spread
 from train.checkpoint import Loaded
 from train.compare import main
+from train.measure.behaviour import Read, behaviour, coverage, diversity, drift, embedded, page, read, shift, spread
+from train.measure.traces import traces
 from train.sampler import Completion
-from train.traces import traces
 
 TASK = {'type': 'task', 'task': {'name': 'arithmetic', 'operations': 1, 'digits': 1}, 'items': 6, 'max_tokens': 8}
 

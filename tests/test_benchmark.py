@@ -14,9 +14,10 @@ from text import small_tokenizer
 
 from data.errors import InputError
 from data.stream import Prefetch
-from train import benchmark, operations, stages
+from train import benchmark, stages
 from train.benchmark import Measurement, covered, main, measure, stream_report, table
-from train.chips import known_peak
+from train.launch import operations
+from train.launch.chips import known_peak
 
 STEPS, NAP = 4, 0.2
 

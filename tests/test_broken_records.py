@@ -16,8 +16,8 @@ from data.errors import InputError
 from data.rows import sample_texts
 from data.sources import Source, open_source
 from data.stream import Prefetch, RowStream
-from train.pairs import RecordStream
-from train.scoring import Other
+from train.learn.pairs import RecordStream
+from train.measure.scoring import Other
 
 COUNT = 24
 BAD = (0, 5, 17)

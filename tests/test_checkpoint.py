@@ -18,10 +18,10 @@ from data.errors import InputError
 from model.sharding import make_mesh
 from model.transformer import Model
 from train.checkpoint import ARRAYS, Checkpoints, load, read_json, split_address, write_json
-from train.fingerprints import fingerprints
-from train.optimizer import make_optimizer
+from train.learn.fingerprints import fingerprints
+from train.learn.optimizer import make_optimizer
+from train.learn.step import State, initial_state
 from train.stages import COMMON
-from train.step import State, initial_state
 
 STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25}}}
 METADATA = {'stage': 'pretrain', 'parent': '', 'tokens': 1234, 'flops': 5.0e9}

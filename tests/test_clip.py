@@ -20,9 +20,9 @@ from model.config import ModelConfig
 from model.transformer import Model
 from tests import reference
 from tests.tiny import packed, randomized, tiny
-from train.health import check_clip
+from train.learn.health import check_clip
+from train.learn.step import Layout, initial_state, make_step
 from train.stages import stage_defaults
-from train.step import Layout, initial_state, make_step
 
 LIMIT = 4.2  # some heads of the models below are above it
 CONFIGS = {

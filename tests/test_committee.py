@@ -62,9 +62,9 @@ from data.files import check_record
 from data.tasks import get_task
 from model.sharding import make_mesh
 from model.transformer import Model
+from train.act.members import CheckpointMember, chosen, likelihood_judge, reward_judge
 from train.checkpoint import Loaded
-from train.members import CheckpointMember, chosen, likelihood_judge, reward_judge
-from train.statistics import interval
+from train.measure.statistics import interval
 
 KEY = 'sk-planted-0123456789'
 VARIABLE = 'TORSO_TEST_KEY'

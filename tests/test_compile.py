@@ -26,14 +26,14 @@ from model.backend import platform, trips
 from model.sharding import make_mesh
 from model.transformer import Model
 from train import compile as command
-from train.chips import chip_of
-from train.edges import stage_model
-from train.graph import Run
-from train.hlo import Cost, cost, group_size
-from train.optimizer import make_optimizer
-from train.programs import compiled_programs
+from train.launch.chips import chip_of
+from train.launch.edges import stage_model
+from train.launch.graph import Run
+from train.launch.hlo import Cost, cost, group_size
+from train.learn.optimizer import make_optimizer
+from train.learn.programs import compiled_programs
+from train.learn.step import Layout, initial_state, optimizer_shapes
 from train.stages import KINDS, batch_shapes
-from train.step import Layout, initial_state, optimizer_shapes
 
 
 def cost_of(function: Any, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -> Cost:

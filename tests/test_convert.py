@@ -31,7 +31,7 @@ from train.checkpoint import load
 from train.convert import INDEX, export_model, import_model
 from train.evaluate import main as evaluate_main
 from train.generate import main as generate_main
-from train.graph import Run
+from train.launch.graph import Run
 
 VOCABULARY = 420
 V3 = dict(EVERYTHING, num_nextn_predict_layers=1)

@@ -16,10 +16,10 @@ from text import small_tokenizer
 
 from data.errors import InputError
 from data.tasks import Game, different, get_task
+from train.act.episodes import chat_prompt
 from train.checkpoint import Checkpoints
-from train.elo import DRAWS, elo, standing, tournament
-from train.episodes import chat_prompt
 from train.evaluate import checked, evaluate
+from train.measure.elo import DRAWS, elo, standing, tournament
 from train.sampler import row_keys, sample_tokens
 
 NIM = {'name': 'nim', 'heaps': 2, 'most': 3}

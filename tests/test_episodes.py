@@ -12,9 +12,9 @@ from text import small_tokenizer
 
 from data.chat import render_chat
 from data.tasks import Environment, Prompt, Turn, get_task
-from train.algorithms import Trajectory
-from train.episodes import Episode, play
-from train.rollout import _segment
+from train.act.algorithms import Trajectory
+from train.act.episodes import Episode, play
+from train.act.rollout import _segment
 from train.sampler import Completion, row_keys
 
 

@@ -19,8 +19,8 @@ from data.tasks import get_task
 from model.transformer import Model
 from train import evaluate as module
 from train.evaluate import checked, evaluate
+from train.measure.statistics import interval, pass_at_k
 from train.sampler import Completion
-from train.statistics import interval, pass_at_k
 
 SHORT = 'def add(a, b):\n    return a + b\n'
 TASK = {'name': 'arithmetic', 'operations': 1, 'digits': 1}

@@ -12,8 +12,8 @@ from data.constitution import read_principles
 from data.tasks.errands import Errands
 from model.config import ModelConfig
 from model.transformer import Model
-from train.edges import differences, needed_for, order
-from train.graph import Run
+from train.launch.edges import differences, needed_for, order
+from train.launch.graph import Run
 from train.sweep import arms, declared
 
 FILES = (methods, steering)

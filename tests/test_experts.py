@@ -21,8 +21,8 @@ from model.sharding import make_mesh
 from model.transformer import Model
 from tests import reference
 from tests.tiny import packed, randomized, tiny
-from train.objectives import Objective
-from train.step import initial_state, make_step
+from train.learn.objectives import Objective
+from train.learn.step import initial_state, make_step
 
 
 def same_choice(ids, weights, expected_ids, expected_weights):

@@ -15,7 +15,7 @@ from text import small_tokenizer
 
 from data.chat import render_chat
 from data.tasks import ILLEGAL, Game, Prompt, get_task
-from train.games import play_games
+from train.act.games import play_games
 from train.sampler import Completion, row_keys
 
 

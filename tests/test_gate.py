@@ -9,7 +9,7 @@ import pytest
 
 from data.errors import InputError
 from train.checkpoint import write_json
-from train.edges import check_gate, pass_gate
+from train.launch.edges import check_gate, pass_gate
 from train.stages import stage_defaults
 
 

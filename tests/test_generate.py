@@ -16,10 +16,10 @@ from model.sharding import make_mesh
 from model.transformer import Model
 from train import generate
 from train.checkpoint import Checkpoints, load, write_json
-from train.command import command
 from train.generate import main
+from train.launch.command import command
+from train.learn.step import initial_state
 from train.sampler import Completion, sample
-from train.step import initial_state
 
 
 @pytest.fixture(scope='module')

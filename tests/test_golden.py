@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.algorithms import (
+from train.act.algorithms import (
     Trajectory,
     adapted,
     generalized_advantage,
@@ -22,9 +22,9 @@ from train.algorithms import (
     overlong_penalty,
     reinforce_plus_plus_baseline,
 )
-from train.objectives import Objective, total_loss
-from train.policy import KL_ESTIMATORS, distillation, policy_gradient
-from train.preference import bradley_terry, kahneman_tversky, preference
+from train.learn.objectives import Objective, total_loss
+from train.learn.policy import KL_ESTIMATORS, distillation, policy_gradient
+from train.learn.preference import bradley_terry, kahneman_tversky, preference
 from train.stages import stage_defaults
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'golden.json').read_text())

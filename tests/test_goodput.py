@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loops import lines, plan
 
-from train.goodput import CAUSES, FILE, Clock, summary
+from train.launch.goodput import CAUSES, FILE, Clock, summary
 from train.loop import train
 
 

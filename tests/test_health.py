@@ -11,10 +11,20 @@ from loops import LENGTH, Counting, kinds, lines, plan, saved
 from small import one_device
 
 from data.errors import InputError
-from train.health import FINE, NOT_FINITE, SPIKE, Watch, check_guard, first_health, guard, restored_health, saved_health
+from train.learn.health import (
+    FINE,
+    NOT_FINITE,
+    SPIKE,
+    Watch,
+    check_guard,
+    first_health,
+    guard,
+    restored_health,
+    saved_health,
+)
+from train.learn.step import Layout
 from train.loop import train
 from train.stages import COMMON
-from train.step import Layout
 
 GUARD: dict[str, Any] = {**COMMON['guard'], 'sigma': 6.0, 'window': 16, 'patience': 3}
 

@@ -13,7 +13,7 @@ from text import small_tokenizer
 from data.errors import InputError
 from model.transformer import Model
 from train.evaluate import checked, evaluate
-from train.likelihood import as_choice, calibration_error
+from train.measure.likelihood import as_choice, calibration_error
 
 RECORDS: list[dict[str, Any]] = [
     *(

@@ -24,15 +24,15 @@ from data.stream import State as StreamState
 from data.tasks import Prompt, Verdict, final_answer
 from model.adapters import merge_adapters
 from train import stages
+from train.act.rollout import RolloutStream
 from train.checkpoint import Checkpoints, read_json
-from train.edges import order
-from train.graph import Run
+from train.launch.edges import order
+from train.launch.graph import Run
+from train.learn.objectives import next_token
+from train.learn.step import initial_state
+from train.learn.streams import Context
 from train.loop import train
-from train.objectives import next_token
-from train.rollout import RolloutStream
 from train.stages import Kind, register
-from train.step import initial_state
-from train.streams import Context
 
 Settings = Callable[[ConfigDict], Any]
 
@@ -40,7 +40,7 @@ Settings = Callable[[ConfigDict], Any]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs on one of the fake devices (eight of them wait for each other most of the time), with its own kinds."""
-    monkeypatch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+    monkeypatch.setattr('train.launch.graph.make_mesh', lambda sizes: one_device())
     monkeypatch.setattr(stages, 'KINDS', dict(stages.KINDS))
 
 

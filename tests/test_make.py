@@ -24,12 +24,12 @@ from data.errors import InputError
 from data.preferences import as_pair
 from data.sources import open_source
 from data.tasks import get_task
+from train.act.make import Maker
+from train.act.recipes import best
 from train.checkpoint import read_json
-from train.edges import check_edges, order, steps_pinned
-from train.graph import Run
-from train.make import Maker
-from train.merge import merge_weights
-from train.recipes import best
+from train.launch.edges import check_edges, order, steps_pinned
+from train.launch.graph import Run
+from train.learn.merge import merge_weights
 from train.synthesize import alone
 
 TASK = {'name': 'arithmetic', 'operations': 1, 'digits': 1}
@@ -38,7 +38,7 @@ Settings = Callable[[ConfigDict], Any]
 
 @pytest.fixture(autouse=True)
 def one_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+    monkeypatch.setattr('train.launch.graph.make_mesh', lambda sizes: one_device())
 
 
 def configured(settings: Settings, tokenizer_path: str = '') -> dict[str, Any]:
@@ -348,7 +348,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('trained')
     small_tokenizer().save(folder / 'tokenizer')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+        patch.setattr('train.launch.graph.make_mesh', lambda sizes: one_device())
         Run(configured(add_merged), folder)('pretrain')
     return folder
 
@@ -389,7 +389,7 @@ def test_a_killed_stage_makes_the_same_records(trained: Path, monkeypatch: pytes
     (blocks / '000001.json').write_text('{"duplicates": 7')  # what a kill between the two files of a block leaves
     (blocks / '000001.tmp').write_text('{"mess')
     with monkeypatch.context() as patch:
-        patch.setattr('train.make.prepare', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr('train.act.make.prepare', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Run(configured(settings), trained)('killed')
     Run(configured(settings), trained)('killed')

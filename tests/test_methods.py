@@ -17,8 +17,8 @@ from text import small_tokenizer
 
 from configs.base import add_stage
 from data.errors import InputError
-from train import graph
-from train.graph import Run
+from train.launch import graph
+from train.launch.graph import Run
 from train.stages import KINDS
 
 PAIRS = [

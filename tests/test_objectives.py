@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.heads import Output
 from model.sharding import make_mesh
 from model.transformer import Model
-from train.objectives import (
+from train.learn.objectives import (
     Objective,
     joined,
     next_token,
@@ -24,9 +24,9 @@ from train.objectives import (
     segment_count,
     total_loss,
 )
-from train.policy import policy_gradient
+from train.learn.policy import policy_gradient
+from train.learn.step import initial_state, make_step
 from train.stages import stage_defaults
-from train.step import initial_state, make_step
 
 SURROGATE = {**stage_defaults('grpo')['loss'], 'kl_coefficient': 0.1}
 LOSSES = {'multi_token': 0.3, 'z_loss': 1e-3, 'sequence_balance': 1e-2, 'batch_balance': 0.0}

@@ -11,10 +11,10 @@ from small import model_config, one_device
 
 from data.errors import InputError
 from model.transformer import Model, is_declared
-from train.objectives import next_token
-from train.optimizer import learning_rate, make_optimizer
+from train.learn.objectives import next_token
+from train.learn.optimizer import learning_rate, make_optimizer
+from train.learn.step import initial_state, make_step, trained
 from train.stages import COMMON
-from train.step import initial_state, make_step, trained
 
 SETTINGS: dict[str, Any] = COMMON['optimizer']
 

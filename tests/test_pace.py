@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from train.pace import Pace
+from train.launch.pace import Pace
 
 
 def told_of(waited: list[list[float]], seconds: float = 60.0) -> list[tuple[int, str, str]]:

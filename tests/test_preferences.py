@@ -14,8 +14,8 @@ from text import small_tokenizer
 
 from data.errors import InputError
 from data.preferences import as_judged, as_pair, as_steps, judged_segments, pair_segments, step_segments
-from train.pairs import RecordStream
-from train.scoring import Other
+from train.learn.pairs import RecordStream
+from train.measure.scoring import Other
 
 ASKED = [{'role': 'user', 'content': 'say 1'}]
 SYSTEM = {'role': 'system', 'content': 'be brief'}

@@ -20,9 +20,9 @@ from loops import lines, saved
 from small import STAGES
 
 from model.sharding import make_mesh
-from train.command import RESTART
-from train.peers import lost
-from train.step import Layout
+from train.launch.command import RESTART
+from train.launch.peers import lost
+from train.learn.step import Layout
 
 
 def start(root: Path, environment: dict[str, str], workdir: Path, log: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -127,7 +127,7 @@ def test_what_happens_to_one_ends_both_to_go_on_bit_for_bit(
 
 OVERDUE = """
 import time
-from train.peers import deadline
+from train.launch.peers import deadline
 with deadline(0.5, lambda *event: print(*event, flush=True)) as began:
     time.sleep(1)
     for step in (2, 3, 4):

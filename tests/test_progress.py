@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from train import progress
-from train.progress import Progress
+from train.launch import progress
+from train.launch.progress import Progress
 
 
 class Terminal(io.StringIO):

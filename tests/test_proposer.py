@@ -13,8 +13,8 @@ from test_rollout import model, tokenizer
 
 from data.errors import InputError
 from data.tasks import Proposable, get_task
-from train.algorithms import Trajectory
-from train.proposer import ProposerStream, hardness, learnability
+from train.act.algorithms import Trajectory
+from train.act.proposer import ProposerStream, hardness, learnability
 from train.stages import stage_defaults
 
 PROPOSALS, SAMPLES = 16, 4

@@ -15,10 +15,10 @@ from loops import Counting, kinds, lines, plan, saved
 from data.errors import InputError
 from model.sharding import make_mesh
 from train import loop
-from train.health import Rewind
+from train.learn.health import Rewind
+from train.learn.replicas import Prints, Step, agreement, twice
+from train.learn.step import State
 from train.loop import train
-from train.replicas import Prints, Step, agreement, twice
-from train.step import State
 
 
 def flip(array: jax.Array, device: int, place: int = 1, bit: int = 3) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
+from train.measure.statistics import interval
 from train.report import _read_metrics, main, write_report
-from train.statistics import interval
 
 NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
 VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}

@@ -18,18 +18,18 @@ from data.sources import ENDLESS
 from data.tasks import Prompt, Verdict, get_task
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
-from train.algorithms import group_relative, rejection
-from train.episodes import chat_prompt
-from train.health import Watch
-from train.objectives import joined, regularizers
-from train.policy import policy_gradient
-from train.rewards import Answer, format_reward, random_reward, verifier_reward
-from train.rollout import RolloutStream
+from train.act.algorithms import group_relative, rejection
+from train.act.episodes import chat_prompt
+from train.act.rewards import Answer, format_reward, random_reward, verifier_reward
+from train.act.rollout import RolloutStream
+from train.act.signs import repetition
+from train.learn.health import Watch
+from train.learn.objectives import joined, regularizers
+from train.learn.policy import policy_gradient
+from train.learn.step import initial_state, make_step
+from train.measure.scoring import Other
 from train.sampler import row_keys, sample_tokens
-from train.scoring import Other
-from train.signs import repetition
 from train.stages import COMMON, stage_defaults
-from train.step import initial_state, make_step
 
 PROMPTS, SAMPLES = 3, 8
 ROWS = PROMPTS * SAMPLES

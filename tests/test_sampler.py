@@ -19,7 +19,7 @@ from model.adapters import merge_adapters
 from model.transformer import Model, Variables, subtree
 from tests.tiny import randomized
 from train import sampler
-from train.decoding import BLOCK, decode, draw
+from train.act.decoding import BLOCK, decode, draw
 from train.sampler import Completion, row_keys, sample_tokens
 
 PROMPTS = ([1, 30, 40], [1, 99, 98, 97, 96, 95, 94], [1, 7], [1, 300, 301, 302, 303])

@@ -15,11 +15,11 @@ from test_rollout import model, tokenizer
 
 from data.errors import InputError
 from data.tasks import get_task
-from train.algorithms import Trajectory
+from train.act.algorithms import Trajectory
+from train.act.rollout import RolloutStream
+from train.act.self_play import SelfPlayStream
 from train.checkpoint import Checkpoints
-from train.rollout import RolloutStream
-from train.scoring import Other
-from train.self_play import SelfPlayStream
+from train.measure.scoring import Other
 from train.stages import stage_defaults
 
 STARTS, SAMPLES = 3, 4

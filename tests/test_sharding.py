@@ -18,10 +18,10 @@ from model.config import ModelConfig
 from model.sharding import make_mesh, named_sharding
 from model.transformer import Model
 from tests.tiny import EVERYTHING, assert_trees_close, packed, randomized, tiny
-from train.objectives import Objective, joined, next_token, regularizers, total_loss
-from train.policy import policy_gradient
+from train.learn.objectives import Objective, joined, next_token, regularizers, total_loss
+from train.learn.policy import policy_gradient
+from train.learn.step import initial_state, make_step
 from train.stages import stage_defaults
-from train.step import initial_state, make_step
 
 REGULARIZERS = {'multi_token': 0.3, 'z_loss': 0.01, 'sequence_balance': 0.1, 'batch_balance': 0.1}
 SURROGATE = {**stage_defaults('grpo')['loss'], 'kl_coefficient': 0.1}

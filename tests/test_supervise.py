@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from data.errors import InputError
-from train.command import RESTART
+from train.launch.command import RESTART
 from train.supervise import Supervisor, main
 
 # Does what its next life in a file says: leaves a checkpoint and ends with a status, or waits for a signal.

@@ -14,11 +14,11 @@ import pytest
 from loops import Counting, kinds, lines, plan, saved
 
 from data.errors import InputError
-from train.command import RESTART
-from train.lock import locked
-from train.log import Log
+from train.launch.command import RESTART
+from train.launch.lock import locked
+from train.launch.log import Log
+from train.launch.preemption import Preempted, notice
 from train.loop import train
-from train.preemption import Preempted, notice
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +60,7 @@ def test_a_second_sigterm_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert leave(1)
-        monkeypatch.setattr('train.preemption.TOGETHER', 0.0)
+        monkeypatch.setattr('train.launch.preemption.TOGETHER', 0.0)
         os.kill(os.getpid(), signal.SIGTERM)
 
 

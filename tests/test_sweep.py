@@ -14,7 +14,7 @@ from small import get_config, one_device
 from data.errors import InputError
 from model.config import ModelConfig
 from train.compare import compare
-from train.ranking import reading, table, write_page, write_table
+from train.measure.ranking import reading, table, write_page, write_table
 from train.sweep import (
     Arm,
     arms,
@@ -106,7 +106,7 @@ def test_stages_are_the_same_where_all_that_leads_to_them_is(config: dict[str, A
 def test_what_arms_share_is_trained_once(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('train.graph.make_mesh', lambda sizes: one_device())
+    monkeypatch.setattr('train.launch.graph.make_mesh', lambda sizes: one_device())
     made = arms(config, product(config, ['stages.midtrain.optimizer.learning_rate=0.001,0.002']))
     names = {arm.name: ['pretrain', 'midtrain'] for arm in made}
     for _ in range(2):  # the second time nothing is left to do

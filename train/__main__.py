@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from data.errors import InputError
 from data.mixture import as_dict
-from train.command import command
+from train.launch.command import command
 
 EXAMPLES = {'config': 'configs/demo.py', 'workdir': 'runs/demo'}
 
@@ -71,8 +71,8 @@ def main(arguments: list[str]) -> int:
         return 0
     config = parse(arguments)
     # Imported late: a typo in a flag should not wait for JAX.
-    from train.graph import Run
-    from train.host import is_primary, join, prepare, say
+    from train.launch.graph import Run
+    from train.launch.host import is_primary, join, prepare, say
     from train.report import write_report
 
     prepare()

@@ -29,13 +29,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from data.errors import InputError
-from train import operations
 from train.__main__ import parse
-from train.chips import known_peak, si
-from train.command import command
-from train.edges import needed_for, stage_model
-from train.graph import Run
-from train.host import prepare
+from train.launch import operations
+from train.launch.chips import known_peak, si
+from train.launch.command import command
+from train.launch.edges import needed_for, stage_model
+from train.launch.graph import Run
+from train.launch.host import prepare
 from train.loop import Spent, train
 
 _STEPS = flags.DEFINE_integer('steps', 20, 'How many steps to take, or calls of each operation.')

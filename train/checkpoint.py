@@ -22,9 +22,9 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.sharding import make_mesh
 from model.transformer import Model, Variables
-from train.fingerprints import Lazy, fingerprints
-from train.host import gather_text, is_primary, wait_for_all
-from train.step import State
+from train.launch.host import gather_text, is_primary, wait_for_all
+from train.learn.fingerprints import Lazy, fingerprints
+from train.learn.step import State
 
 ARRAYS = ('params', 'balance', 'optimizer')
 Metadata = dict[str, Any]

@@ -16,8 +16,8 @@ import numpy as np
 
 from data.errors import InputError, did_you_mean
 from train.checkpoint import read_json
-from train.command import command
-from train.statistics import interval
+from train.launch.command import command
+from train.measure.statistics import interval
 
 
 def compare(
@@ -120,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare_answers(options: argparse.Namespace) -> int:
     # Imported late: the differences above need no JAX.
-    from train.behaviour import behaviour, page
     from train.checkpoint import load
-    from train.host import prepare
+    from train.launch.host import prepare
+    from train.measure.behaviour import behaviour, page
 
     prepare()
     base, tuned = load(options.base), load(options.tuned)

@@ -35,12 +35,12 @@ from absl import flags
 
 from data.errors import InputError
 from train.__main__ import parse
-from train.chips import Chip, chip_of, si
-from train.command import command
+from train.launch.chips import Chip, chip_of, si
+from train.launch.command import command
 
 if TYPE_CHECKING:
-    from train.hlo import Cost
-    from train.programs import Program
+    from train.launch.hlo import Cost
+    from train.learn.programs import Program
 
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'TPU slice to compile for, such as v5p:8x8x16.')
 
@@ -70,9 +70,9 @@ def check(config: Mapping[str, Any], stage: str, topology: str) -> None:
 
     from model.sharding import make_mesh
     from model.transformer import Model
-    from train.edges import needed_for, order, stage_model
-    from train.hlo import cost
-    from train.programs import compiled_programs
+    from train.launch.edges import needed_for, order, stage_model
+    from train.launch.hlo import cost
+    from train.learn.programs import compiled_programs
 
     name = needed_for(config, stage)[-1] if stage else order(config)[0]
     model = Model(stage_model(config, name))

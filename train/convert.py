@@ -58,7 +58,7 @@ from train.checkpoint import (
     tokenizer_folder,
     write_json,
 )
-from train.command import command
+from train.launch.command import command
 
 INDEX = 'model.safetensors.index.json'
 LARGEST_HEADER = 10**8  # bytes, of any safetensors file (the format's own specification)

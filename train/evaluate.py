@@ -25,14 +25,14 @@ from data.sources import open_source
 from data.tasks import Game, Task, different, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
+from train.act.episodes import Sample, chat_prompt, in_threads, play
 from train.checkpoint import load, split_address
-from train.command import command
-from train.elo import opponents, standing, tournament
-from train.episodes import Sample, chat_prompt, in_threads, play
-from train.host import prepare
-from train.likelihood import bits_per_byte, choices, pairs_in_order, said_of, share, spread, sums
+from train.launch.command import command
+from train.launch.host import prepare
+from train.measure.elo import opponents, standing, tournament
+from train.measure.likelihood import bits_per_byte, choices, pairs_in_order, said_of, share, spread, sums
+from train.measure.statistics import interval, pass_at_k
 from train.sampler import Completion, row_keys, sample_tokens
-from train.statistics import interval, pass_at_k
 
 Result = dict[str, Any]
 
@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     # Bits per byte of whole documents, every token predicted from at least length / 2 tokens where there are as many.
     'text': {'source': {}, 'length': 256, 'documents': 0},
     # Share of questions whose right answer is the likeliest of those given (0 items: all of the source's); records are
-    # multiple choice, cloze or minimal pairs (see `train.likelihood.as_choice`).
+    # multiple choice, cloze or minimal pairs (see `train.measure.likelihood.as_choice`).
     'choice': {'source': {}, 'items': 0},
     # Share of pairs whose better answer a model puts first: by its value head, or else by log-probability a token.
     'pairs': {'source': {}, 'items': 256},

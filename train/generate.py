@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from data.chat import render_chat
 from data.errors import InputError
 from train.checkpoint import Loaded, load
-from train.command import command
-from train.host import prepare
+from train.launch.command import command
+from train.launch.host import prepare
 from train.sampler import Completion, row_keys, sample_tokens
 
 MAX_TOKENS = 256

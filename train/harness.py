@@ -23,10 +23,10 @@ from data.errors import InputError
 from data.packing import Segment
 from model.sharding import batch_ways
 from train.checkpoint import Loaded
-from train.command import command
-from train.likelihood import ROWS, continuation
+from train.launch.command import command
+from train.measure.likelihood import ROWS, continuation
+from train.measure.scoring import Scorer
 from train.sampler import prompt_width, row_keys, sample_tokens
-from train.scoring import Scorer
 
 CHAT = '\0chat'  # begins a context that is a chat, in JSON; no text of a task does
 ANSWER = 256  # tokens of an answer, where a task does not say
@@ -133,7 +133,7 @@ def _cut(text: str, until: str | Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     from train.checkpoint import load
-    from train.host import prepare
+    from train.launch.host import prepare
 
     parser = argparse.ArgumentParser(prog='python -m train.harness', description=__doc__.splitlines()[0])
     parser.add_argument('checkpoint', help='RUN/STAGE, RUN/STAGE@STEP or the folder of an imported model')

@@ -18,17 +18,17 @@ from data.errors import InputError
 from data.stream import Stream
 from model.transformer import Model
 from train.checkpoint import Checkpoints, read_json, write_json
-from train.events import note
-from train.goodput import Clock
-from train.health import Rewind, Watch, guard, restored_health, saved_health
-from train.host import cpu_seconds, is_primary
-from train.log import Log, set_aside
-from train.objectives import Objective
-from train.pace import Pace
-from train.peers import deadline, lost
-from train.preemption import Preempted, notice
-from train.replicas import Prints, agreement, twice
-from train.step import Layout, State, make_step
+from train.launch.events import note
+from train.launch.goodput import Clock
+from train.launch.host import cpu_seconds, is_primary
+from train.launch.log import Log, set_aside
+from train.launch.pace import Pace
+from train.launch.peers import deadline, lost
+from train.launch.preemption import Preempted, notice
+from train.learn.health import Rewind, Watch, guard, restored_health, saved_health
+from train.learn.objectives import Objective
+from train.learn.replicas import Prints, agreement, twice
+from train.learn.step import Layout, State, make_step
 
 # Of a stage's config, what is in its Plan as it is.
 FIELDS = (
@@ -54,13 +54,13 @@ class Plan:
         name: shown beside the progress bar.
         folder: where metrics, events and checkpoints go.
         model, objective, optimizer, stream: what is trained, on what, and how.
-        trainable: an expression that selects the parameters which learn (see `train.step.trained`).
+        trainable: an expression that selects the parameters which learn (see `train.learn.step.trained`).
         learning_rate: of the step; a factor on the optimizer's updates.
         steps, save_every, keep: counts; pinned: steps whose checkpoints stay, whatever `keep` says.
-        guard: against spikes, and alarms: limits of metrics (see `train.health`).
-        step_deadline: seconds that no step but the first takes (see `train.peers`).
+        guard: against spikes, and alarms: limits of metrics (see `train.learn.health`).
+        step_deadline: seconds that no step but the first takes (see `train.launch.peers`).
         compare_every, replay_every: steps between comparisons of copies of the state, and between those that are taken
-            twice and compared (see `train.replicas`).
+            twice and compared (see `train.learn.replicas`).
         qk_clip: see `model.clip`; 0: no clipping.
         layout: of a batch on the devices.
         tokens, flops: what the checkpoint the stage starts from has already cost.
@@ -119,8 +119,8 @@ def train(plan: Plan, state: State) -> tuple[State, Spent]:
     """Takes the state to `plan.steps`, from the newest checkpoint in the folder if there is one.
 
     Batches come in order from `plan.stream.next(step, variables)`. Metrics of a step are read while the next one runs.
-    The last state is always saved, and is on disk when this returns. Told to end (see `train.preemption`), it saves
-    after the step under way.
+    The last state is always saved, and is on disk when this returns. Told to end (see `train.launch.preemption`), it
+    saves after the step under way.
 
     Raises:
         Preempted: it was told to end before the last step.

@@ -24,7 +24,7 @@ from scipy.stats import spearmanr
 from data.errors import InputError
 from data.mixture import weights_at
 from train.checkpoint import read_json
-from train.command import command
+from train.launch.command import command
 
 KINDS = ('linear', 'quadratic', 'logarithmic')
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

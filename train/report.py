@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from data.errors import InputError, did_you_mean
-from train.command import command
-from train.figures import PALETTE, chart, draw, metric_curves
-from train.goodput import summary
-from train.page import brief, document, duration, rounded, safe, signed, with_unit
-from train.statistics import interval
+from train.launch.command import command
+from train.launch.goodput import summary
+from train.measure.figures import PALETTE, chart, draw, metric_curves
+from train.measure.page import brief, document, duration, rounded, safe, signed, with_unit
+from train.measure.statistics import interval
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
 KINDS = {

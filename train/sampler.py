@@ -14,8 +14,8 @@ from data.errors import InputError
 from data.tokenizer import Tokenizer
 from model.sharding import batch_ways
 from model.transformer import Model, Variables
-from train.decoding import Pool, admit, decode, empty_pool, prefill
-from train.host import fetch
+from train.act.decoding import Pool, admit, decode, empty_pool, prefill
+from train.launch.host import fetch
 
 WIDTHS = (32, 128, 256)  # prompts are padded to one of these, or to a multiple of 1024: few programs are compiled
 ROWS = 256  # about as many answers are sampled at a time

@@ -24,8 +24,8 @@ from scipy.special import logsumexp
 
 from data.errors import InputError, did_you_mean
 from train.checkpoint import read_json
-from train.command import command
-from train.log import at_the_end
+from train.launch.command import command
+from train.launch.log import at_the_end
 
 RESAMPLES = 200
 DELTA = 1e-3  # of the Huber loss, in nats of log-loss

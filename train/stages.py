@@ -17,14 +17,14 @@ from data.errors import InputError, did_you_mean
 from data.packing import empty_batch
 from data.stream import Stream
 from model.config import ModelConfig
-from train.make import MAKE, Maker
-from train.merge import merge_weights
-from train.objectives import Objective, joined, next_token, regularizers
-from train.policy import distillation, policy_gradient
-from train.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
-from train.recipes import attempts, labels, revisions, rewrites
-from train.signs import LIMITS
-from train.streams import Context, distilled, games, making, proposals, records, rollout_stamps, rollouts, rows
+from train.act.make import MAKE, Maker
+from train.act.recipes import attempts, labels, revisions, rewrites
+from train.act.signs import LIMITS
+from train.learn.merge import merge_weights
+from train.learn.objectives import Objective, joined, next_token, regularizers
+from train.learn.policy import distillation, policy_gradient
+from train.learn.preference import WITHOUT_REFERENCE, bradley_terry, kahneman_tversky, preference, process_reward
+from train.learn.streams import Context, distilled, games, making, proposals, records, rollout_stamps, rollouts, rows
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -59,7 +59,7 @@ COMMON: dict[str, Any] = {
     'kind': '',
     # NAME or NAME@STEP; the path (with a slash) of an imported model or of another run's stage; '' starts from scratch.
     'parent': '',
-    # What evaluations of the parent have to say before the stage begins: see `train.edges.pass_gate`.
+    # What evaluations of the parent have to say before the stage begins: see `train.launch.edges.pass_gate`.
     'gate': {},
     'models': {},  # other checkpoints the stage needs, by role
     'model': {},  # fields of the model that change from this stage on, such as rope_theta
@@ -97,7 +97,7 @@ COMMON: dict[str, Any] = {
     # Limits of metrics: a number that one is not to be above, or {'above': x, 'below': y, 'then': what to do}: 'alarm',
     # an event; 'stop' the run; or 'rewind' by `guard.back` steps, to go on without their updates.
     'alarms': {'experts/starved': 0.5},
-    # Against spikes: see `train.health`.
+    # Against spikes: see `train.learn.health`.
     'guard': {
         # 0: off. 6 is usual, in stages that predict text: losses of pairs and rewards have longer tails. The compiled
         # update is another program with it, which rounds differently.
@@ -142,7 +142,7 @@ _OTHERS = {'reference': '', 'reward': '', 'teacher': ''}  # models that a stage 
 
 
 def _preference(variant: str, beta: float, **loss: Any) -> Kind:
-    """A stage that learns from pairs of answers (see `train.preference`)."""
+    """A stage that learns from pairs of answers (see `train.learn.preference`)."""
     reference = variant not in WITHOUT_REFERENCE
     return Kind(
         {
@@ -171,7 +171,7 @@ def _reinforcement(
         'strict': {},  # options of a stricter verifier, asked for the gap to the reward alone
         'alarms': LIMITS,
         'process_coefficient': 0.0,  # times the score of each judged step, where it ends
-        'algorithm': 'grpo',  # see `train.algorithms`
+        'algorithm': 'grpo',  # see `train.act.algorithms`
         'weighting': 'token',  # tokens count alike in the batch; or 'answer': answers do; or 'constant': 1 / max_tokens
         'problems': 0,  # of each level, posed again and again; 0: always new ones
         'prompts': 32,
@@ -210,7 +210,10 @@ def _reinforcement(
 
 
 _VALUE = {'value_head': True}
-_JUDGES: dict[str, Any] = {'samples': 4, 'judges': {}}  # answers a prompt; specs of JUDGES in `train.recipes`, by name
+_JUDGES: dict[str, Any] = {
+    'samples': 4,
+    'judges': {},
+}  # answers a prompt; specs of `train.act.recipes`.JUDGES
 
 KINDS: dict[str, Kind] = {
     'pretrain': Kind(_MIXTURE),
@@ -268,7 +271,7 @@ KINDS: dict[str, Kind] = {
     # The model proposes the problems that it solves, and earns something for those that it solves sometimes; a
     # proposal that is none, or not new, has `invalid_reward`. `posed` of `prompts` problems are the task's own.
     'proposer_solver': _reinforcement(stream=proposals, invalid_reward=-0.5, proposal_reward='half', posed=0),
-    # What does not train: records by one or several models (see `train.recipes`), and averages of checkpoints.
+    # What does not train: records by one or several models (see `train.act.recipes`), and averages of checkpoints.
     'attempts': Kind(
         {
             **MAKE,

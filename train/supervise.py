@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import InputError
-from train.command import RESTART, command
+from train.launch.command import RESTART, command
 
 LONGEST = 300.0  # seconds of a pause
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

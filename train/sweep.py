@@ -41,11 +41,11 @@ from ml_collections import config_flags
 from data.errors import InputError, did_you_mean
 from data.mixture import as_dict, sources_of
 from train.__main__ import parse
-from train.command import command
-from train.edges import needed_for, order, stage_model, stages_needed, steps_pinned
-from train.graph import Run
-from train.host import prepare, say
-from train.ranking import table, write_page, write_table
+from train.launch.command import command
+from train.launch.edges import needed_for, order, stage_model, stages_needed, steps_pinned
+from train.launch.graph import Run
+from train.launch.host import prepare, say
+from train.measure.ranking import table, write_page, write_table
 from train.report import write_report
 
 _SETS = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE,VALUE,...: a field of the config and what it is set to.')

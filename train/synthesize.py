@@ -26,7 +26,7 @@ from absl import flags
 
 from data.errors import InputError, did_you_mean
 from train.__main__ import EXAMPLES, parse
-from train.command import command
+from train.launch.command import command
 
 EXAMPLES['output'] = 'records'
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write to.')
@@ -38,8 +38,8 @@ def alone(config: Mapping[str, Any], stage: str, workdir: str) -> dict[str, Any]
     Raises:
         InputError: no such stage, one that makes no records, or one that needs others where `workdir` is ''.
     """
-    from train.edges import is_folder
-    from train.make import RECORDS
+    from train.act.make import RECORDS
+    from train.launch.edges import is_folder
     from train.stages import get_kind
 
     makers = [name for name, fields in config['stages'].items() if get_kind(fields['kind']).make is not None]
@@ -74,8 +74,8 @@ def main(arguments: list[str]) -> int:
         return 0
     config = parse(arguments, required=('config', 'output'))
     # Imported late: a typo in a flag should not wait for JAX.
-    from train.graph import Run
-    from train.host import prepare
+    from train.launch.graph import Run
+    from train.launch.host import prepare
 
     prepare()
     made = alone(config, flags.FLAGS.stage, flags.FLAGS.workdir or '')
