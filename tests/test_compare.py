@@ -10,6 +10,7 @@ import pytest
 
 from data.errors import InputError
 from train.compare import compare, main
+from train.measure.statistics import interval
 
 
 @pytest.fixture
@@ -45,6 +46,27 @@ def test_differences_are_paired_and_averaged_over_seeds(stages: Path, capsys: py
     assert main([base[0], tuned[0]]) == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line['evaluation'] for line in printed] == ['few', 'hard']
+
+
+def test_documents_weigh_by_their_bytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(100, 5000, 30)
+    bits = {name: 2 + rng.random(30) * 0.2 - 0.1 * name.startswith('tuned') for name in ('a_0', 'tuned_0', 'tuned_1')}
+    for name, scores in bits.items():
+        said = {'prose': {'details': {'scores': scores.tolist(), 'weights': sizes.tolist()}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'evaluations.json').write_text(json.dumps(said))
+    base, tuned = [str(tmp_path / 'a_0')] * 2, [str(tmp_path / f'tuned_{seed}') for seed in (0, 1)]
+    found = compare(base, tuned)['prose']
+    each = [np.average(bits[f'tuned_{seed}'] - bits['a_0'], weights=sizes) for seed in (0, 1)]
+    assert found['seeds'] == pytest.approx(each) and found['difference'] == pytest.approx(np.mean(each))
+    both = (bits['tuned_0'] + bits['tuned_1']) / 2 - bits['a_0']
+    assert (found['low'], found['high']) == pytest.approx(interval(both, sizes.astype(float))) and found['high'] < 0
+    assert found['levels'] == pytest.approx([np.average(bits[f'tuned_{seed}'], weights=sizes) for seed in (0, 1)])
+    with pytest.raises(InputError, match='prose has other items'):  # as many documents, of other sizes
+        said['prose']['details']['weights'][0] += 1
+        Path(tuned[0], 'evaluations.json').write_text(json.dumps(said))
+        compare(base, tuned)
 
 
 def test_what_cannot_be_compared_is_named(stages: Path) -> None:

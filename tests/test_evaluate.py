@@ -101,7 +101,11 @@ def test_bits_per_byte_is_the_direct_computation(model: Any, texts: list[str], t
     assert result['low'] <= result['value'] <= result['high'] and result['items'] == 3
     together = b''.join((tmp_path / name).read_bytes() for name in sorted(x.name for x in tmp_path.glob('*.txt')))
     xz = 8 * len(lzma.compress(together, preset=9)) / len(together)
-    assert result['details'] == {'bytes': len(together), 'context': 32, 'xz_bits_per_byte': pytest.approx(xz)}
+    sizes = [len(text.encode()) for text in texts]
+    each = [nats(model, text, 32) / math.log(2) / size for text, size in zip(texts, sizes, strict=True)]
+    assert result['details'].pop('scores') == pytest.approx(each, rel=1e-4)
+    facts = {'bytes': len(together), 'context': 32, 'weights': sizes}
+    assert result['details'] == {**facts, 'xz_bits_per_byte': pytest.approx(xz)}
     # A text that fits into one window has a single full one.
     alone = measured(model, {'type': 'text', 'source': source, 'length': 32, 'documents': 1})
     tokenizer = small_tokenizer()

@@ -178,6 +178,25 @@ def test_the_table_says_what_is_apart_and_what_is_not(tmp_path: Path) -> None:
         assert [line['arm'] for line in csv.DictReader(file)] == [row.arm for row in rows.values()]
 
 
+def test_documents_do_not_outvote_seeds(tmp_path: Path) -> None:
+    """Every document is better by the mean over seeds, and worse with one of the seeds."""
+    noise = np.random.default_rng(0).normal(size=40) * 0.01
+    sizes = [100] * 20 + [900] * 20
+    for arm, lifts in (('a', (0, 0, 0)), ('b', (0.2, 0.2, -0.1)), ('c', (0.2, 0.2, 0.1))):
+        for seed, lift in enumerate(lifts):
+            scores = 2 + lift + noise * (arm != 'a')
+            details = {'scores': scores.tolist(), 'weights': sizes}
+            said = {'prose': {'value': np.average(scores, weights=sizes), 'direction': 'lower', 'details': details}}
+            place = tmp_path / f'{arm}{seed}' / 'run'
+            place.mkdir(parents=True)
+            (place / 'finished.json').write_text(json.dumps({'evaluations': said}))
+            (place / 'evaluations.json').write_text(json.dumps(said))
+    groups = {arm: [tmp_path / f'{arm}{seed}' for seed in range(3)] for arm in 'abc'}
+    rows = {row.arm: row for row in table(groups, ['run'])}
+    assert rows['a'].verdict == 'best' and rows['b'].low > rows['a'].high
+    assert rows['b'].verdict.endswith(': not separated') and not rows['c'].verdict.endswith('separated')
+
+
 def test_what_arms_are_stands_beside_what_they_came_to(tmp_path: Path) -> None:
     """Cache and parameters where they differ, MaxVio at the end, and a plot of each measure over the cache."""
     for arm, heads, loss in (('mqa', 1, 2.5), ('mha', 4, 2.25)):

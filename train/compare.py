@@ -17,7 +17,7 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from train.checkpoint import read_json
 from train.launch.command import command
-from train.measure.statistics import interval
+from train.measure.statistics import interval, scored
 
 
 def compare(
@@ -49,42 +49,44 @@ def compare(
     common = set.intersection(*({*before} & {*after} for before, after in scores))
     found = {}
     for name in [evaluation] if evaluation else sorted(common):
-        changes, levels = [], []
+        changes, levels, sizes = [], [], []
         for (before, after), folders in zip(scores, zip(base, tuned, strict=True), strict=True):
             for known, wanted, folder in zip((before, after), (against or name, name), folders, strict=True):
                 if wanted not in known:
                     raise InputError(f'{folder}: no evaluation {wanted!r} with scores{did_you_mean(wanted, known)}')
-            if len(before[against or name]) != len(after[name]):
+            (start, size), (end, same) = before[against or name], after[name]
+            if not np.array_equal(size, same):
                 raise InputError(f'{folders[1]}: {name} has other items than {folders[0]}')
-            start = before[against or name]
             chosen = (start >= between[0]) & (start <= between[1]) if between else np.ones(len(start), bool)
             if not chosen.any():
                 raise InputError(f'{folders[0]}: {against or name} has no item between {between}')
-            changes.append(np.where(chosen, after[name] - start, np.nan))
-            levels.append(float(after[name][chosen].mean()))
-        if len({len(change) for change in changes}) > 1:
+            changes.append(np.where(chosen, end - start, np.nan))
+            levels.append(float(np.average(end[chosen], weights=size[chosen])))
+            sizes.append(size)
+        if not all(np.array_equal(size, sizes[0]) for size in sizes):
             raise InputError(f'{name}: seeds have other items')
         held = ~np.isnan(changes)
         seen = held.any(0)
-        means, counts = np.nansum(changes, 0)[seen] / held.sum(0)[seen], held.sum(0)[seen]
+        means, counts = np.nansum(changes, 0)[seen] / held.sum(0)[seen], (held.sum(0) * sizes[0])[seen]
         low, high = interval(means, counts)
         found[name] = {
             'difference': float(np.average(means, weights=counts)),
             'low': low,
             'high': high,
-            'seeds': [float(np.nanmean(change)) for change in changes],
+            'seeds': [float(np.average(x[h], weights=sizes[0][h])) for x, h in zip(changes, held, strict=True)],
             'levels': levels,
             'items': len(means),
         }
     return found
 
 
-def _scores(folder: str) -> Mapping[str, np.ndarray]:
+def _scores(folder: str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
+    """Of each evaluation that scores items, the scores and the weights of its items (documents weigh by bytes)."""
     path = Path(folder) / 'evaluations.json'
     if not path.exists():
         raise InputError(f'{path} does not exist: expected the folder of a stage that was evaluated')
     details = {name: result['details'] for name, result in read_json(path).items()}
-    return {name: np.array(said['scores']) for name, said in details.items() if 'scores' in said}
+    return {name: scored(said) for name, said in details.items() if 'scores' in said}
 
 
 @command('train.compare')

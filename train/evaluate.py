@@ -316,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, spec in specs.items():
         workdir = Path(split_address(options.checkpoint)[0]).parent
         result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed, workdir)
-        result['details'].pop('scores', None)
+        result['details'] = {name: x for name, x in result['details'].items() if name not in ('scores', 'weights')}
         result.pop('samples', None)
         print(json.dumps({'evaluation': name, **result}))
     return 0

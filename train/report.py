@@ -22,7 +22,7 @@ from train.launch.command import command
 from train.launch.goodput import summary
 from train.measure.figures import PALETTE, chart, draw, metric_curves
 from train.measure.page import brief, document, duration, rounded, safe, signed, with_unit
-from train.measure.statistics import interval
+from train.measure.statistics import interval, scored
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
 KINDS = {
@@ -295,8 +295,8 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
 
 def _paired(result: Mapping[str, Any], parent: Mapping[str, Any]) -> tuple[float, float] | None:
     """Interval of the change by a paired bootstrap, where both keep the scores of the same items."""
-    mine, theirs = (x.get('details', {}).get('scores') or [] for x in (result, parent))
-    return interval(np.subtract(mine, theirs)) if len(mine) == len(theirs) > 0 else None
+    (mine, weights), (theirs, same) = (scored(x.get('details', {})) for x in (result, parent))
+    return interval(mine - theirs, weights) if len(weights) and np.array_equal(weights, same) else None
 
 
 def _apart(result: Mapping[str, Any], parent: Mapping[str, Any]) -> bool:

@@ -117,7 +117,13 @@ def bits_per_byte(model: Model, variables: Variables, tokenizer: Tokenizer, spec
         'items': count,
         'unit': 'bits/byte',
         'direction': 'lower',
-        'details': {'bytes': int(sizes.sum()), 'context': length, 'xz_bits_per_byte': float(xz)},
+        'details': {
+            'bytes': int(sizes.sum()),
+            'context': length,
+            'xz_bits_per_byte': float(xz),
+            'scores': [round(float(x), 6) for x in bits],
+            'weights': sizes.astype(int).tolist(),
+        },
     }
 
 

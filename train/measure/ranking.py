@@ -16,7 +16,7 @@ from train.compare import compare
 from train.launch.log import at_the_end
 from train.measure.figures import Mark, marks
 from train.measure.page import document, safe
-from train.measure.statistics import interval
+from train.measure.statistics import interval, scored
 
 LOGGED = {'loss': 'loss', 'MaxVio': 'experts/max_violation'}  # metrics at the end of training that count as measures
 CACHE, TOTAL, ACTIVE = 'cache elements a token', 'parameters', 'active parameters'
@@ -79,19 +79,22 @@ def _ranked(
     sign = -1 if next(iter(said.values()))[0]['direction'] == 'lower' else 1
     ranked = sorted(values, key=lambda name: -sign * float(np.mean(values[name])))
     best = ranked[0]
-    items = {name: [x['details'].get('scores') for x in said[name]] for name in ranked}
-    paired = len({None if x is None else len(x) for seeds in items.values() for x in seeds}) == 1
-    paired &= None not in items[best] and len({len(seeds) for seeds in items.values()}) == 1
+    items = {name: [scored(x['details']) for x in said[name]] for name in ranked}
+    weights = items[best][0][1]
+    paired = len(weights) > 0 and all(np.array_equal(w, weights) for seeds in items.values() for _, w in seeds)
+    paired &= len({len(seeds) for seeds in items.values()}) == 1
     rows = []
     for name in ranked:
-        low, high = interval(np.mean(items[name], axis=0)) if paired else (min(values[name]), max(values[name]))
+        means = np.mean([scores for scores, _ in items[name]], axis=0)
+        low, high = interval(means, weights) if paired else (min(values[name]), max(values[name]))
         if measure in FACTS:
             verdict = ''
         elif name == best:
             verdict = 'best'
         elif paired:
             ahead = compare([str(f) for f in folders[name]], [str(f) for f in folders[best]], measure)[measure]
-            apart = ahead['low'] > 0 or ahead['high'] < 0
+            # Items say nothing of the noise of training, which may be larger: seeds have to agree as well.
+            apart = (ahead['low'] > 0 or ahead['high'] < 0) and len(set(np.sign(ahead['seeds']))) == 1
             gap = f'{ahead["difference"]:+.4f} [{ahead["low"]:+.4f}, {ahead["high"]:+.4f}]'
             verdict = f'best differs by {gap}' + ('' if apart else ': not separated')
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,12 @@ def interval(values: np.ndarray, weights: np.ndarray | None = None, resamples: i
     means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def scored(details: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of an evaluation's items and the weights with which they make its value; both empty without scores."""
+    scores = np.array(details.get('scores') or (), float)
+    return scores, np.array(details.get('weights') or np.ones(len(scores)), float)
 
 
 def pass_at_k(samples: int, right: np.ndarray, k: int) -> np.ndarray:
