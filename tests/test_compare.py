@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.errors import InputError
-from train.compare import compare, main
+from train.compare import _cell, compare, main
 from train.measure.statistics import interval
 
 
@@ -82,3 +82,54 @@ def test_what_cannot_be_compared_is_named(stages: Path) -> None:
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+def specialised(folder: Path) -> None:
+    """Two seeds of a base and of stages trained on sums and on puzzles: each gains 0.5 at its own, puzzles lose 0.25
+    at sums, and text, which has bits, gets worse by 0.1."""
+    rng = np.random.default_rng(0)
+    tasks = {'sums': {'name': 'arithmetic', 'digits': 1}, 'puzzles': {'name': 'sudoku'}}
+    evaluations = {name: {'type': 'task', 'task': task} for name, task in tasks.items()}
+    evaluations['prose'] = {'type': 'text', 'source': {'type': 'stdlib', 'split': 'heldout'}}
+    sources = {name: {'type': 'task', 'format': 'chat', **task} for name, task in tasks.items()}
+    sources['noise'] = {'type': 'noisy', 'source': {'type': 'task', 'name': 'arithmetic'}}
+    start = {seed: {name: rng.integers(0, 2, 40) / 4 for name in evaluations} for seed in (0, 1)}
+    lifts = {'start': {}, 'sums': {'sums': 0.5, 'prose': 0.1}, 'puzzles': {'sums': -0.25, 'puzzles': 0.5, 'prose': 0.1}}
+    for stage, lift in lifts.items():
+        for seed, scores in start.items():
+            mixture = ((0.0, {'noise' if stage == 'sums' else stage: 1.0}),) if stage in tasks else ()
+            parent = '' if stage == 'start' else f'start_{seed}'
+            record = {'stage': {'mixture': mixture, 'parent': parent}, 'sources': sources, 'evaluations': evaluations}
+            said = {
+                name: {
+                    'unit': 'bits/byte' if name == 'prose' else 'share',
+                    'details': {'scores': (x + lift.get(name, 0)).tolist()},
+                }
+                for name, x in scores.items()
+            }
+            (folder / f'{stage}_{seed}').mkdir()
+            (folder / f'{stage}_{seed}' / 'config.json').write_text(json.dumps(record))
+            (folder / f'{stage}_{seed}' / 'evaluations.json').write_text(json.dumps(said))
+
+
+def test_specialists_of_one_base_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    specialised(tmp_path)
+    base, *several = (
+        ','.join(str(tmp_path / f'{name}_{seed}') for seed in (0, 1)) for name in ('start', 'sums', 'puzzles')
+    )
+    assert main([base, *several]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        '| start to | sums | puzzles |',
+        '|---|---|---|',
+        '| prose | +0.1000 [0.1000, 0.1000] | +0.1000 [0.1000, 0.1000] |',
+        '| puzzles | +0.0 [0.0, 0.0] | **+50.0 [50.0, 50.0]** |',
+        '| sums | **+50.0 [50.0, 50.0]** | -25.0 [-25.0, -25.0] |',
+        '| trained on, mean | +50.0 [50.0, 50.0] | +50.0 [50.0, 50.0] |',
+        '| not trained on, mean | +0.0 [0.0, 0.0] | -25.0 [-25.0, -25.0] |',
+    ]
+    assert _cell(
+        [{'difference': 0.1, 'low': 0.07, 'high': 0.13}, {'difference': 0.3, 'low': 0.26, 'high': 0.34}], 'share'
+    ) == ('+20.0 [16.5, 23.5]')
+    for option in ('--against=sums', '--answers=sums'):
+        assert main([base, *several, option]) == 1
+        assert 'expected one TUNED' in capsys.readouterr().err

@@ -1,12 +1,14 @@
 """What a stage changed: differences between evaluations of two checkpoints, item by item.
 
-From the command line: python -m train.compare BASE TUNED, each a stage's folder, or one for each seed with commas.
+From the command line: python -m train.compare BASE TUNED, each a stage's folder, or one for each seed with commas. Of
+one base and several TUNED it makes a table of what each gained and lost, on what it was trained on and on the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from train.checkpoint import read_json
 from train.launch.command import command
+from train.measure.domains import domain, trained_on
 from train.measure.statistics import interval, scored
 
 
@@ -80,6 +83,48 @@ def compare(
     return found
 
 
+def matrix(base: Sequence[str], several: Sequence[Sequence[str]], evaluation: str = '') -> str:
+    """A Markdown table of what stages specialised from one base have gained and lost: see `compare`.
+
+    What a stage was trained on itself is bold. The last lines are means over evaluations in shares, of those it was
+    trained on and of the others.
+    """
+    columns = [_label(tuned) for tuned in several]
+    found = [compare(base, tuned, evaluation) for tuned in several]
+    record = read_json(Path(base[0]) / 'config.json')
+    about = {name: domain(spec) for name, spec in record['evaluations'].items()}
+    units = {name: said.get('unit') for name, said in read_json(Path(base[0]) / 'evaluations.json').items()}
+    known = [{domain(spec) for spec in trained_on(Path(tuned[0]), ancestors=False).values()} for tuned in several]
+    lines = [f'| {_label(base)} to | {" | ".join(columns)} |', '|---' * (1 + len(columns)) + '|']
+    for name in dict.fromkeys(name for changes in found for name in changes):
+        cells = []
+        for changes, own in zip(found, known, strict=True):
+            said = changes.get(name)
+            cell = _cell([said], units.get(name)) if said else ''
+            cells.append(f'**{cell}**' if cell and about.get(name) in own else cell)
+        lines.append(f'| {name} | {" | ".join(cells)} |')
+    for title, wanted in (('trained on, mean', True), ('not trained on, mean', False)):
+        groups = [
+            [x for n, x in changes.items() if units.get(n) == 'share' and (about.get(n) in own) == wanted]
+            for changes, own in zip(found, known, strict=True)
+        ]
+        lines.append(f'| {title} | {" | ".join(_cell(group, "share") if group else "" for group in groups)} |')
+    return '\n'.join(lines)
+
+
+def _cell(changes: Sequence[Mapping[str, Any]], unit: str | None) -> str:
+    """The mean of differences, of shares in points, with the mean of their bounds: as wide as if all were noise alike."""
+    scale, digits = (100, 1) if unit == 'share' else (1, 4)
+    mean, low, high = (scale * float(np.mean([x[field] for x in changes])) for field in ('difference', 'low', 'high'))
+    return f'{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
+
+
+def _label(folders: Sequence[str]) -> str:
+    """What the stages of several seeds have in common in their names."""
+    names = [Path(folder).name for folder in folders]
+    return os.path.commonprefix(names).rstrip('_-') if len(names) > 1 else names[0]
+
+
 def _scores(folder: str) -> Mapping[str, tuple[np.ndarray, np.ndarray]]:
     """Of each evaluation that scores items, the scores and the weights of its items (documents weigh by bytes)."""
     path = Path(folder) / 'evaluations.json'
@@ -97,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description='How much higher one stage scores than another, item by item, with 95% bootstrap intervals.',
     )
     parser.add_argument('base', help='DIR/STAGE, or several with commas between them, one for each seed')
-    parser.add_argument('tuned', help='as many, in the same order')
+    parser.add_argument('tuned', nargs='+', help='as many, in the same order; of several such a table')
     parser.add_argument('--evaluation', default='', help='one evaluation (all that both have)')
     parser.add_argument('--against', default='', help='the evaluation of BASE, where it is another one')
     parser.add_argument('--between', nargs=2, type=float, help='only items on which BASE scores in this range')
@@ -113,8 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.answers:
         return _compare_answers(options)
-    base, tuned = options.base.split(','), options.tuned.split(',')
-    found = compare(base, tuned, options.evaluation, options.against, options.between)
+    base, *several = (folders.split(',') for folders in (options.base, *options.tuned))
+    if len(several) > 1:
+        if options.against or options.between:
+            raise InputError('--against and --between: expected one TUNED')
+        print(matrix(base, several, options.evaluation))
+        return 0
+    found = compare(base, several[0], options.evaluation, options.against, options.between)
     for name, change in found.items():
         print(json.dumps({'evaluation': name, **_rounded(change)}))
     return 0
@@ -126,8 +176,10 @@ def _compare_answers(options: argparse.Namespace) -> int:
     from train.launch.host import prepare
     from train.measure.behaviour import behaviour, page
 
+    if len(options.tuned) > 1:
+        raise InputError('--answers: expected one TUNED')
     prepare()
-    base, tuned = load(options.base), load(options.tuned)
+    base, tuned = load(options.base), load(options.tuned[0])
     known = tuned.config['evaluations']
     if options.answers not in known:
         raise InputError(f'--answers: no evaluation {options.answers!r}{did_you_mean(options.answers, known)}')
@@ -135,7 +187,7 @@ def _compare_answers(options: argparse.Namespace) -> int:
         raise InputError(f'--samples is {options.samples}: expected 1 or more')
     found = behaviour(base, tuned, known[options.answers], options.samples)
     if options.html:
-        Path(options.html).write_text(page(found, tuned.tokenizer, f'{options.base} and {options.tuned}'))
+        Path(options.html).write_text(page(found, tuned.tokenizer, f'{options.base} and {options.tuned[0]}'))
     for name in ('shift', 'diversity', 'traces', 'coverage', 'drift'):
         print(json.dumps({name: _rounded(found[name])}))
     return 0

@@ -50,6 +50,7 @@ from train.learn.optimizer import learning_rate, make_optimizer
 from train.learn.step import Layout, State, initial_state, optimizer_shapes, trained
 from train.learn.streams import Context
 from train.loop import FIELDS, Plan, train
+from train.measure.domains import contamination, trained_on
 from train.measure.scoring import Other
 from train.stages import get_kind, stage_objective, training_kind
 
@@ -419,11 +420,12 @@ class Run:
                     step = self.stages[name].get('steps', 0)
                     with (folder / 'samples.jsonl').open('a') as lines:
                         lines.writelines(json.dumps({'step': step, **s}) + '\n' for s in samples)
+                    result['contamination'] = contamination(spec, evaluation, trained_on(folder))
                 results[evaluation] = result
                 write_json(path, results)
                 say(
                     f'{name}: {evaluation} {result["value"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}] '
-                    f'{result["metric"]}'
+                    f'{result["metric"]} ({result.get("contamination", "")})'
                 )
         return results
 
