@@ -41,6 +41,7 @@ MIXTURES: dict[str, tuple[Any, ...]] = {
     'form alone': ((0.0, {'text': 0.8, 'forms': 0.2}),),
 }
 SIZES, LENGTHS, LARGEST = (32, 48, 64, 96), (150, 300, 600), (128, 1500)  # hidden sizes, steps; both of the last run
+BUDGETS = (0, 8, 16, 24)  # tokens of work; a line of it takes some eight
 EPOCHS, RECORDS = (1, 4, 16), 256  # records of 13 tokens, four of which fill a row of 52
 TASKS: dict[str, dict[str, Any]] = {
     'sums': {'name': 'arithmetic', 'operations': (1, 3), 'digits': 1, 'max_value': 10, 'worked': True},
@@ -117,7 +118,7 @@ def _thinking(config: ConfigDict) -> None:
     sums = {**TASKS['sums'], 'worked': False}
     config.tokenizer.update(sources=('chats',), vocab_size=288)
     config.sources.chats = {'type': 'task', 'format': 'chat', 'direct': False, **sums}
-    config.evaluations.sums = {'type': 'task', 'task': sums, 'items': 256, 'max_tokens': 48}
+    config.evaluations.sums = {'type': 'task', 'task': sums, 'items': 256, 'max_tokens': 48, 'budgets': BUDGETS}
     tuned: dict[str, Any] = {'steps': 300, 'batch_size': 16, 'sequence_length': 128, 'evaluations': ('sums',)}
     add_stage(config, 'tune', 'sft', mixture=((0.0, {'chats': 1.0}),), **tuned)
 

@@ -129,6 +129,7 @@ def test_traces_of_answers_that_are_known() -> None:
     found = traces(task, [problem], [[said(right, 10), said(wrong, 20), said(doubt, 70, stopped=False)]])
     assert found['tokens'] == pytest.approx(100 / 3) and found['ended'] == pytest.approx(2 / 3)
     assert (found['corrections'], found['backtracking']) == (30, 20)
+    assert (found['corrects_ever'], found['backtracks_ever']) == (1, 1)  # one of three answers to the only problem
     assert found['steps'] == pytest.approx(2 * steps / 3)  # there are none in the third
     assert found['steps_right'] == (2 * steps - 1) / (2 * steps)
     assert 'steps' not in traces(Whole(), [problem], [[said(right, 10)]])

@@ -19,8 +19,9 @@ from data.tasks import get_task
 from model.transformer import Model
 from train import evaluate as module
 from train.evaluate import checked, evaluate
-from train.measure.statistics import interval, pass_at_k
-from train.sampler import Completion
+from train.measure.statistics import interval, majority, pass_at_k
+from train.measure.traces import cut_short
+from train.sampler import Completion, row_keys
 
 SHORT = 'def add(a, b):\n    return a + b\n'
 TASK = {'name': 'arithmetic', 'operations': 1, 'digits': 1}
@@ -53,6 +54,44 @@ def test_interval_weighs_items() -> None:
     """A document a thousand times as long as the others decides."""
     values, weights = np.array([1.0] + [3.0] * 9), np.array([1000.0] + [1.0] * 9)
     assert interval(values, weights)[0] < 1.1
+
+
+def test_the_majority_of_answers() -> None:
+    right = np.array([True, False, True, False, False])
+    assert majority(['7', '8', '7', '9', ''], right) == (1.0, 0.4)
+    assert majority(['7', '8', '7', '8', '9'], right) == (0.5, 0.4)  # as common: one of two
+    assert majority(['7', '8', '8', '8', '7'], right) == (1 / 3, 0.6)  # the same answer may be worked out wrongly
+    assert majority(['', ''], right[:2]) == (0.0, 0.0)
+
+
+def test_answers_that_are_cut_short() -> None:
+    """Work of two lines, cut after none, some and all of it; whoever is made to answer says the right number."""
+    tokenizer, task = small_tokenizer(), get_task('arithmetic', operations=2, digits=1, max_value=10)
+    problems = [task.prompt(i) for i in range(3)]
+
+    def said(text: str, stopped: bool = True) -> Completion:
+        tokens = tokenizer.encode(text)
+        return Completion(text, tokens, [0.0] * len(tokens), stopped)
+
+    answers = [[said('1+1=2\n1+1=2\nAnswer: 999')] for _ in problems]
+    answers[2] = [said('5')]  # it ends before most budgets do
+    heard: list[str] = []
+
+    def sample(prompts: list[list[int]], keys: Any) -> list[list[Completion]]:
+        heard.extend(map(tokenizer.decode, prompts))
+        return [[said(f' {problems[min(i, 2)].info["answer"]}', stopped=i != 1)] for i in range(len(prompts))]
+
+    def at(budget: int) -> tuple[list[float], list[float]]:
+        heard.clear()
+        keys = row_keys(0, range(3), 1)
+        return tuple(
+            x.tolist() for x in cut_short(task, problems, answers, np.zeros((3, 1)), tokenizer, sample, keys, budget)
+        )
+
+    assert at(3) == ([1, 0, 0], [1, 1, 0])  # the second was not ended by the stop token
+    assert heard[0].endswith(tokenizer.decode(answers[0][0].tokens[:3]) + '\nAnswer:')
+    assert at(0) == ([1, 0, 1], [1, 1, 1]) and heard[0].endswith('Answer:') and '=' not in heard[0]
+    assert at(len(tokenizer.encode('1+1=2\n1+1=2'))) == ([0, 0, 0], [0, 0, 0]) and not heard
 
 
 @pytest.fixture(scope='module')
@@ -145,8 +184,13 @@ def test_task_accuracy_counts_what_stopped_and_is_right(monkeypatch: pytest.Monk
     spec = {'type': 'task', 'task': wide, 'items': 10, 'samples': 4, 'temperature': 1.0}
     result = evaluate(None, {}, small_tokenizer(), spec)  # type: ignore[arg-type]
     assert result['value'] == pytest.approx(0.5)
-    assert result['details']['pass@1'] == pytest.approx(0.5) and result['details']['pass@4'] == pytest.approx(0.8)
-    assert result['details']['stopped'] == pytest.approx(0.5)
+    details = result['details']
+    assert details['pass@1'] == pytest.approx(0.5) and details['pass@4'] == pytest.approx(0.8)
+    assert details['pass@2'] == pytest.approx(np.mean([0, 1 / 2, 5 / 6, 1, 1])) and details['maj@4'] == 0.8
+    assert details['intervals']['pass@4'] == interval(np.array([0.0, 1, 1, 1, 1] * 2))
+    # The right answer's share of the four is 0, 1/4, ..., 1, and what stopped is right.
+    assert details['calibration_error'] == pytest.approx((3 / 4 + 2 / 4 + 1 / 4) / 5)
+    assert details['stopped'] == pytest.approx(0.5) and details['answer_tokens'] == pytest.approx(2.5)
     assert result['details']['scores'] == [0.0, 0.25, 0.5, 0.75, 1.0] * 2
     assert result['low'] < 0.5 < result['high'] and len(result['samples']) == 3
 
@@ -245,6 +289,7 @@ def test_problems_are_different_and_as_many_as_there_are(monkeypatch: pytest.Mon
     [
         ({'type': 'tsk'}, "evaluation type 'tsk'; did you mean 'task'"),
         ({'type': 'text', 'lenght': 3}, "evaluation text: no field 'lenght'; did you mean 'length'"),
+        ({'type': 'task', 'task': TASK, 'budgets': (4,), 'format': 'text'}, 'budgets: expected format chat'),
         ({'type': 'task', 'task': {'name': 'arithmetik'}}, "did you mean 'arithmetic'"),
     ],
 )

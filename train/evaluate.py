@@ -22,23 +22,35 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict
 from data.packing import Segment
 from data.sources import open_source
-from data.tasks import Game, Task, different, get_task, task_names
+from data.tasks import Environment, Game, Task, different, final_answer, get_task, task_names
 from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.act.episodes import Sample, chat_prompt, in_threads, play
 from train.checkpoint import load, split_address
 from train.launch.command import command
 from train.launch.host import prepare
+from train.measure.domains import contamination, trained_on
 from train.measure.elo import opponents, standing, tournament
-from train.measure.likelihood import bits_per_byte, choices, pairs_in_order, said_of, share, spread, sums
-from train.measure.statistics import interval, pass_at_k
+from train.measure.likelihood import (
+    bits_per_byte,
+    calibration_error,
+    choices,
+    pairs_in_order,
+    said_of,
+    share,
+    spread,
+    sums,
+)
+from train.measure.statistics import counts_to, interval, majority, pass_at_k
+from train.measure.traces import FORCED, cut_short
 from train.sampler import Completion, row_keys, sample_tokens
 
 Result = dict[str, Any]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     # Share of problems of a task's held-out split answered rightly; all are different, as one that is asked twice would
-    # make intervals too narrow. The task's options may name its train split instead, where that is what one asks.
+    # make intervals too narrow. The task's options may name its train split instead, where that is what one asks. With
+    # `budgets`, also the share right of answers whose work is cut off after so many tokens (see `cut_short`).
     'task': {
         'task': {},
         'format': 'chat',
@@ -46,6 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         'samples': 1,
         'temperature': 0.0,
         'max_tokens': 96,
+        'budgets': (),
     },
     # Bits per byte of whole documents, every token predicted from at least length / 2 tokens where there are as many.
     'text': {'source': {}, 'length': 256, 'documents': 0},
@@ -127,7 +140,9 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
         if stages is not None and '/' not in name and name not in stages:
             raise InputError(f'evaluation {kind}: {field}: no stage {name!r}{did_you_mean(name, stages)}')
     if 'task' in spec:
-        _task(spec)
+        task = _task(spec)
+        if spec.get('budgets') and (spec['format'] != 'chat' or isinstance(task, Environment)):
+            raise InputError('evaluation task: budgets: expected format chat, and a task of one turn')
     elif kind == 'contrast':
         read_contrast(spec['path'])
     else:
@@ -172,11 +187,23 @@ def _evaluate_task(model: Model, variables: Variables, tokenizer: Tokenizer, spe
         verdicts = in_threads(lambda x: task.verify(*x), said)
     stopped = np.array([[answer.stopped for answer in group] for group in answers])
     scores = np.array([verdict.score for verdict in verdicts]).reshape(len(prompts), n) * stopped
-    mean = scores.mean(1)
-    right = (scores >= 1.0).sum(1)
-    details: dict[str, Any] = {f'pass@{k}': float(pass_at_k(n, right, k).mean()) for k in (1, 4, 16) if 1 < n >= k}
-    details['stopped'] = float(stopped.mean())
-    details['answer_tokens'] = float(np.mean([len(answer.logprobs) for group in answers for answer in group]))
+    mean, right = scores.mean(1), scores >= 1.0
+    lengths = [[len(answer.logprobs) for answer in group] for group in answers]
+    told: dict[str, np.ndarray] = {'stopped': stopped.mean(1), 'answer_tokens': np.mean(lengths, axis=1)}
+    details: dict[str, Any] = {}
+    if n > 1:
+        finals = [[(final_answer(x.text) or x.text) if x.stopped else '' for x in group] for group in answers]
+        for k in counts_to(n):
+            told[f'pass@{k}'] = pass_at_k(n, right.sum(1), k)
+            votes = np.array([majority(x[:k], y[:k]) for x, y in zip(finals, right, strict=True)])
+            told |= {f'maj@{k}': votes[:, 0]} if k > 1 else {}
+        details['calibration_error'] = calibration_error(votes[:, 1], votes[:, 0])  # of the majority by its share
+    forced = _sampler(model, variables, tokenizer, {**spec, 'max_tokens': FORCED})
+    for budget in spec['budgets']:
+        found = cut_short(task, prompts, answers, scores, tokenizer, forced, keys, budget)
+        told |= dict(zip((f'budget {budget}', f'cut at {budget}'), found, strict=True))
+    details |= {name: float(values.mean()) for name, values in told.items()}
+    details['intervals'] = {name: interval(values) for name, values in told.items()}
     details['scores'] = [round(float(x), 4) for x in mean]
     return {
         **share(f'accuracy ({_sampling(spec)})', mean, details),
@@ -314,8 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load(options.checkpoint)
     specs = {name: _named(name, loaded.config['evaluations'], options.samples) for name in options.tasks.split(',')}
     for name, spec in specs.items():
-        workdir = Path(split_address(options.checkpoint)[0]).parent
-        result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed, workdir)
+        folder = Path(split_address(options.checkpoint)[0])
+        result = evaluate(loaded.model, loaded.variables, loaded.tokenizer, spec, options.seed, folder.parent)
+        result['contamination'] = contamination(spec, name, trained_on(folder))
         result['details'] = {name: x for name, x in result['details'].items() if name not in ('scores', 'weights')}
         result.pop('samples', None)
         print(json.dumps({'evaluation': name, **result}))

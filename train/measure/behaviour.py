@@ -19,7 +19,7 @@ from data.tokenizer import Tokenizer
 from model.transformer import Model, Variables
 from train.act.episodes import chat_prompt
 from train.checkpoint import Loaded
-from train.measure.statistics import pass_at_k
+from train.measure.statistics import counts_to, pass_at_k
 from train.measure.traces import traces
 from train.sampler import Completion, prompt_width, row_keys, sample_tokens
 
@@ -249,11 +249,11 @@ def coverage(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
     """What two models solve; both arrays are bool [problems, samples].
 
     Returns:
-        {'base', 'tuned': pass@k by k of 1, 2, 4, ... up to the samples; 'crossing': the least k at which the base is
+        {'base', 'tuned': pass@k by k of 1, 2, 4, ... and the samples; 'crossing': the least k at which the base is
         ahead, None where it never is; 'only_base', 'only_tuned': problems that one alone solved at least once}.
     """
     samples = base.shape[1]
-    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    ks = counts_to(samples)
     curves = {
         name: {k: float(pass_at_k(samples, right.sum(1), k).mean()) for k in ks}
         for name, right in (('base', base), ('tuned', tuned))
