@@ -18,7 +18,19 @@ from data.tasks import Prompt, Verdict, get_task
 from model.transformer import Model
 from train.checkpoint import Loaded
 from train.compare import main
-from train.measure.behaviour import Read, behaviour, coverage, diversity, drift, embedded, page, read, shift, spread
+from train.measure.behaviour import (
+    Read,
+    behaviour,
+    coverage,
+    diversity,
+    drift,
+    embedded,
+    page,
+    read,
+    routing,
+    shift,
+    spread,
+)
 from train.measure.traces import traces
 from train.sampler import Completion
 
@@ -76,7 +88,7 @@ def test_shares_of_shift_by_hand() -> None:
     assert (found['unshifted'], found['marginal'], found['shifted']) == pytest.approx((2 / 6, 2 / 6, 2 / 6))
     assert found['kl'] == 2 and found['tokens'] == 6
     assert found['most'] == [[small_tokenizer().decode([13]), 2, 3]]
-    assert found['along'][0] == (0.5, 2.0)  # the first token of each answer
+    assert found['along'][0] == (0.5, 2.0, 5.0)  # the first token of each answer
 
 
 def test_diversity_by_its_definition() -> None:
@@ -102,6 +114,28 @@ def test_self_bleu_is_the_mean_of_each_with_the_others() -> None:
     alike, apart, alone = [[1, 2, 3, 4]] * 3, [[1, 2], [3, 4]], [[1, 2]]
     for groups, expected in (([alike], 1.0), ([apart], 0.0), ([alone], 0.0), ([alike, apart], 0.5)):
         assert diversity(groups, 50)['self_bleu'] == expected
+
+
+def test_experts_that_were_renamed(base: Loaded) -> None:
+    """The tuned model's only router calls expert e what the base calls e - 1; nothing above it matters to routing."""
+    model = Model(model_config(num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=8, num_experts_per_tok=2))
+    one = dataclasses.replace(base, model=model, variables=model.init(0, one_device()))
+    prompts, answers = [[1, 5, 9, 20], [1, 7, 30, 31]], [[3, 4, 5, 6, 7], [30, 31, 8, 9, 2]]
+    assert routing(one, one, prompts, answers) == {'kept': [1.0], 'moved': [0.0]}
+    assert routing(base, base, prompts, answers) == {}
+    assert routing(base, one, prompts, answers) == {}
+
+    def renamed(path: Any, x: Any) -> Any:
+        return jax.numpy.roll(x, 1, axis=list(x.shape).index(8)) if "'gate'" in jax.tree_util.keystr(path) else x
+
+    other = dataclasses.replace(one, variables=jax.tree_util.tree_map_with_path(renamed, one.variables))
+    rows = np.array([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+    before = np.asarray(jax.jit(model.apply)(one.variables, rows).expert_ids)[:, 3:-1, 0].reshape(-1, 2)
+    load = np.bincount(before.ravel(), minlength=8) / before.size
+    found = routing(one, other, prompts, answers)
+    kept = [x in (y + 1) % 8 for y in before for x in y]
+    assert found['kept'] == pytest.approx([np.mean(kept)]) and 0 < np.mean(kept) < 1
+    assert found['moved'] == pytest.approx([np.abs(load - np.roll(load, 1)).sum() / 2]) and found['moved'][0] > 0
 
 
 def test_spread_of_states(base: Loaded) -> None:
@@ -184,6 +218,7 @@ def test_the_command(
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [next(iter(line)) for line in said] == [
         'shift',
+        'routing',
         'diversity',
         'traces',
         'coverage',

@@ -113,7 +113,7 @@ def matrix(base: Sequence[str], several: Sequence[Sequence[str]], evaluation: st
 
 
 def _cell(changes: Sequence[Mapping[str, Any]], unit: str | None) -> str:
-    """The mean of differences, of shares in points, with the mean of their bounds: as wide as if all were noise alike."""
+    """The mean of differences, of shares in points, with the mean of their bounds, which is never too narrow."""
     scale, digits = (100, 1) if unit == 'share' else (1, 4)
     mean, low, high = (scale * float(np.mean([x[field] for x in changes])) for field in ('difference', 'low', 'high'))
     return f'{mean:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
@@ -188,7 +188,7 @@ def _compare_answers(options: argparse.Namespace) -> int:
     found = behaviour(base, tuned, known[options.answers], options.samples)
     if options.html:
         Path(options.html).write_text(page(found, tuned.tokenizer, f'{options.base} and {options.tuned[0]}'))
-    for name in ('shift', 'diversity', 'traces', 'coverage', 'drift'):
+    for name in ('shift', 'routing', 'diversity', 'traces', 'coverage', 'drift'):
         print(json.dumps({name: _rounded(found[name])}))
     return 0
 

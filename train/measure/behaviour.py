@@ -43,11 +43,11 @@ def behaviour(base: Loaded, tuned: Loaded, evaluation: Mapping[str, Any], sample
     """Compares two models on the problems of an evaluation of type `task`.
 
     Returns:
-        {'shift': of the tuned model's greedy answers (see `shift`), 'diversity': {'base', 'tuned'} of `samples` answers
-        a problem at temperature 1 (see `diversity`), with 'spread' of a problem's answers in the base's states (see
-        `spread`), 'spread_across' of the first answers to all problems, and the mean number of different right
-        'solutions'; 'traces': {'base', 'tuned'} (see `train.measure.traces`); 'coverage': what they solve (see
-        `coverage`); 'drift': of the weights (see `drift`); 'answers': [(prompt, Read)] to be shown}.
+        {'shift', 'routing': of the tuned model's greedy answers (see `shift` and `routing`); 'diversity': {'base',
+        'tuned'} of `samples` answers a problem at temperature 1 (see `diversity`), with 'spread' of a problem's answers
+        in the base's states (see `spread`), 'spread_across' of the first answers to all problems, and the mean number
+        of different right 'solutions'; 'traces': {'base', 'tuned'} (see `train.measure.traces`); 'coverage': what they
+        solve (see `coverage`); 'drift': of the weights (see `drift`); 'answers': [(prompt, Read)] to be shown}.
 
     Raises:
         InputError: other tokenizers; an evaluation of another type.
@@ -78,8 +78,10 @@ def behaviour(base: Loaded, tuned: Loaded, evaluation: Mapping[str, Any], sample
         }
         for name, groups in written.items()
     }
+    greedy = [one.tokens for one in reads]
     return {
         'shift': shift(reads, tuned.tokenizer),
+        'routing': routing(base, tuned, prompts, greedy),
         'diversity': varied,
         'traces': {name: traces(task, problems, groups) for name, groups in drawn.items()},
         'coverage': coverage(right['base'], right['tuned']),
@@ -128,6 +130,34 @@ def _blocks(
         yield some, tokens, at, said
 
 
+def routing(
+    base: Loaded, tuned: Loaded, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> dict[str, list[float]]:
+    """Which experts read answers in two models, by layer that has some; empty where their experts are not as many.
+
+    Returns:
+        'kept': the share of the base's experts of a token that the tuned model sends it to as well; 'moved': the total
+        variation distance between the shares of all this that the experts have, 0 to 1.
+    """
+    counts = [(x.model.config.n_routed_experts, x.model.config.num_hidden_layers) for x in (base, tuned)]
+    if counts[0] != counts[1] or not base.model.config.is_moe:
+        return {}
+
+    @jax.jit
+    def chosen(tokens: jax.Array, at: jax.Array) -> list[jax.Array]:
+        outputs = (x.model.apply(x.variables, tokens) for x in (base, tuned))
+        return [jnp.take_along_axis(x.expert_ids, at[:, :, None, None], axis=1) for x in outputs]
+
+    found: tuple[list[np.ndarray], ...] = ([], [])
+    for some, tokens, at, _ in _blocks(prompts, answers):
+        for known, ids in zip(found, map(np.asarray, chosen(tokens, at)), strict=True):
+            known += [ids[row, : len(a)] for row, (_, a) in enumerate(some)]
+    before, after = (np.concatenate(ids) for ids in found)  # [tokens, layers, experts of a token]
+    kept = (before[..., :, None] == after[..., None, :]).any(-1).mean((0, 2))
+    loads = [(ids[..., None] == np.arange(counts[0][0])).mean((0, 2)) for ids in (before, after)]
+    return {'kept': kept.tolist(), 'moved': (np.abs(loads[0] - loads[1]).sum(1) / 2).tolist()}
+
+
 def embedded(model: Loaded, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
     """Of each answer the mean of the model's last states over its tokens: [answers, hidden_size]."""
 
@@ -155,13 +185,13 @@ def shift(reads: Sequence[Read], tokenizer: Tokenizer) -> dict[str, Any]:
 
     Returns:
         shares of tokens 'unshifted' (the base's likeliest), 'marginal' (its second or third) and 'shifted'; 'kl' a
-        token in nats; 'along': (share shifted, kl) in PARTS parts of the answers; 'most': [token, times shifted, times
-        seen].
+        token in nats; 'along': (share shifted, kl, mean rank) in PARTS parts of the answers; 'most': [token, times
+        shifted, times seen].
     """
     ranks, kl = (np.concatenate([getattr(x, name) for x in reads]) for name in ('ranks', 'kl'))
     place = np.concatenate([np.arange(len(x.tokens)) * PARTS // max(len(x.tokens), 1) for x in reads])
     tokens = np.concatenate([x.tokens for x in reads])
-    moved, there = Counter(tokens[ranks > MARGINAL].tolist()), Counter(tokens.tolist())
+    moved, seen = Counter(tokens[ranks > MARGINAL].tolist()), Counter(tokens.tolist())
     return {
         'tokens': len(tokens),
         'unshifted': float(np.mean(ranks == 1)),
@@ -169,11 +199,11 @@ def shift(reads: Sequence[Read], tokenizer: Tokenizer) -> dict[str, Any]:
         'shifted': float(np.mean(ranks > MARGINAL)),
         'kl': float(kl.mean()),
         'along': [
-            (float(np.mean(ranks[place == part] > MARGINAL)), float(kl[place == part].mean()))
-            for part in range(PARTS)
-            if (place == part).any()
+            (float(np.mean(ranks[there] > MARGINAL)), float(kl[there].mean()), float(ranks[there].mean()))
+            for there in (place == part for part in range(PARTS))
+            if there.any()
         ],
-        'most': [[tokenizer.decode([token]), count, there[token]] for token, count in moved.most_common(MOST)],
+        'most': [[tokenizer.decode([token]), count, seen[token]] for token, count in moved.most_common(MOST)],
     }
 
 
