@@ -18,10 +18,11 @@ python := $(VENV)/bin/python
 # Two processes, a file of tests in one of them, as tests of a file share compiled programs.
 pytest := JAX_PLATFORMS=cpu $(python) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-.PHONY: help demo records test test-slow test-newest lint clean cut-off
+.PHONY: help demo screenshots records test test-slow test-newest lint clean cut-off
 
 help:
 	@echo 'make demo         train a small model through its whole life here (some 15 minutes) and write the report'
+	@echo 'make screenshots  a picture of that report as PNG, if Chromium is installed'
 	@echo 'make records      curate published records in the folder RECORDS=DIR, train on them, show what a step saw'
 	@echo 'make test         the fast tests'
 	@echo 'make test-slow    the other tests'
@@ -31,6 +32,10 @@ help:
 
 demo: $(run)
 	@$(python) -m train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+# Pictures of reports for a page such as README.md; it needs Chromium.
+screenshots: $(run)
+	@$(python) -m train.report $(WORKDIR) --screenshot=$(WORKDIR)/report.png
 
 # Duplicates dropped (of the encyclopaedia, one long text, in paragraphs), then what is in GSM8K's or MATH's tests.
 records: $(tests)

@@ -28,6 +28,7 @@ def base(name: str) -> ConfigDict:
     config.tokenizer = ConfigDict({'path': '', 'sources': (), 'vocab_size': vocabulary})
     config.topology = ''  # the TPU slice meant for it, such as v5p:2x2x4; only `train.compile` reads it
     config.mesh = ConfigDict({axis: -1 if axis == 'data' else 1 for axis in MESH_AXES})
+    config.device_hour_price = 0.0  # dollars, from which the report tells what stages cost; 0: it does not
     config.sources = ConfigDict()
     config.evaluations = ConfigDict()
     config.stages = ConfigDict()

@@ -22,6 +22,7 @@ from data.sources import Source
 from data.tokenizer import Tokenizer
 
 State = dict[str, Any]
+CONSUMED = 'consumed/'  # before the name of a source, a metric: its share of the tokens taken so far
 
 
 class Stream(Protocol):
@@ -135,7 +136,7 @@ class RowStream:
 
     def _state(self) -> State:
         rows = {str(number): row.state() for number, row in self._rows.items()}
-        metrics = broken_metrics(self._orders)
+        metrics = broken_metrics(self._orders) | consumed(rows)
         return {
             'step': self._step,
             'total_rows': self._rows_total,
@@ -144,10 +145,21 @@ class RowStream:
         }
 
 
+def consumed(rows: Mapping[str, Any]) -> dict[str, float]:
+    """Which share of the tokens taken so far each source has given, by the states of rows; empty of one source."""
+    taken: dict[str, int] = {}
+    for row in rows.values():
+        for name, progress in row['sources'].items():
+            taken[CONSUMED + name] = taken.get(CONSUMED + name, 0) + progress['consumed']
+    total = max(sum(taken.values()), 1)
+    return {name: tokens / total for name, tokens in taken.items()} if len(taken) > 1 else {}
+
+
 def merged(states: Sequence[State]) -> State:
     """One state of the states that processes have for the rows they build; of any other kind all are alike."""
     rows = {number: row for state in states for number, row in state.get('rows', {}).items()}
-    return {**states[0], 'rows': rows} if rows else states[0]
+    metrics = {**states[0].get('metrics', {}), **consumed(rows)}
+    return {**states[0], 'rows': rows, **({'metrics': metrics} if metrics else {})} if rows else states[0]
 
 
 class Prefetch:

@@ -16,7 +16,7 @@ from train.measure.statistics import interval
 from train.report import _read_metrics, main, write_report
 
 NASTY = '<script>alert("x")</script>\n</pre> & \x00\x1b[31m \ud800 $x$'
-VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}
+VOID = {'meta', 'path', 'use', 'rect', 'line', 'br'}  # tags without an end
 
 
 class Tags(HTMLParser):
@@ -90,7 +90,13 @@ def workdir(tmp_path: Path) -> Path:
         path = folder / item['name']
         path.mkdir()
         lines = [
-            {'step': i, 'tokens': 40_000 * number + 1000 * i, 'loss': 5 / i, 'experts/max_violation': 0.3}
+            {
+                'step': i,
+                'tokens': 40_000 * number + 1000 * i,
+                'flops': 1e12 * (number + i / 40),
+                'loss': 5 / i,
+                'experts/max_violation': 0.3,
+            }
             | ({'reward/mean': i / 40} if item['name'] == 'grpo' else {})
             for i in range(1, 41)
         ]
@@ -110,10 +116,10 @@ def test_page_is_complete_and_self_contained(workdir: Path) -> None:
     tags = Tags()
     tags.feed(page)
     assert not tags.open
-    assert tags.seen.count('svg') == 3  # loss, reward, expert load
+    assert tags.seen.count('svg') == 5  # graph, arithmetic, loss, reward, expert load
     assert len(tags.ids) == len(set(tags.ids))
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import|<!DOCTYPE svg', page)
-    for expected in ('3M parameters, 1.2M active', '120k tokens', 'merge from sft, grpo', 'tokens seen', '40.0%'):
+    for expected in ('3M parameters, 1.2M active', '120k tokens', 'merge from sft, grpo', 'FLOPs, ancestors', '40.0%'):
         assert expected in page
     assert 'grpo says' in page and 'first words' not in page
 
@@ -181,12 +187,53 @@ def test_fifty_stages_stay_light(tmp_path: Path) -> None:
         stages.append(stage(name, f'stage_{number - 1}' if number else '', evaluations=results))
         (tmp_path / name).mkdir()
         lines = [
-            {'step': i, 'tokens': 1e4 * number + i, 'loss': 5 / i, 'experts/max_violation': 0.3} for i in range(1, 1001)
+            {'step': i, 'flops': 1e12 * (number + i / 1000), 'loss': 5 / i, 'experts/max_violation': 0.3}
+            for i in range(1, 1001)
         ]
         (tmp_path / name / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     (tmp_path / 'lineage.json').write_text(json.dumps({'stages': stages}))
     page = write_report(tmp_path).read_text()
-    assert len(page) < 1e6 and page.count('<svg') == 2 and page.count('<th>stage_49</th>') == 2
+    assert len(page) < 1e6 and page.count('<svg') == 5 and page.count('<th>stage_49</th>') == 2
+
+
+def test_what_stages_took_and_were_fed(workdir: Path) -> None:
+    """Two devices for half an hour at 3 dollars an hour, the files in the folder, a mixture that changes half-way."""
+    lineage = json.loads((workdir / 'lineage.json').read_text())
+    lineage['run']['price'] = 3.0
+    lineage['stages'][1] |= {'seconds': 1800.0, 'devices': 2}
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    (workdir / 'sft' / 'weights').write_bytes(bytes(5_000_000))
+    mixture = [[0.0, {'text': 3.0, 'chats': 1.0}], [0.5, {'chats': 1.0}]]
+    (workdir / 'sft' / 'config.json').write_text(json.dumps({'stage': {'mixture': mixture}}))
+    with (workdir / 'sft' / 'metrics.jsonl').open('a') as lines:
+        lines.write('\n' + json.dumps({'step': 43, 'consumed/text': 0.25, 'consumed/chats': 0.75}))
+    page = write_report(workdir).read_text()
+    assert re.search(r'sft</h3>.*?30.0 min · 1 device-hours · \$3.00 · 5.01MB stored', page)
+    assert '<tr><th>sft</th><td>text</td><td>37.5</td><td>25.0</td></tr>' in page
+    assert '<tr><th>sft</th><td>chats</td><td>62.5</td><td>75.0</td></tr>' in page
+
+
+def test_gains_of_parts_of_a_stage(workdir: Path) -> None:
+    """sft gains 0.5 in all: 0.4 by its first quarter of 1e12 FLOPs, 0.1 by the rest."""
+    lineage = json.loads((workdir / 'lineage.json').read_text())
+    scores = [0.0] * 100 + [1.0] * 100
+
+    def told(lift: float) -> dict:
+        own = {'details': {'scores': [x + lift for x in scores]}}
+        return {'arithmetic': evaluation(0.1 + lift, lift, 0.2 + lift) | own}
+
+    for item, lift in zip(lineage['stages'], (0.0, 0.5), strict=False):
+        item['evaluations'] = told(lift)
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    line = {'step': 10, 'flops': 1.25e12, 'evaluations': told(0.4)}
+    (workdir / 'sft' / 'evaluations.jsonl').write_text(json.dumps(line) + '\n{"step": 20, "ev')
+    page = write_report(workdir).read_text()
+    rows = [
+        (name, float(gain))
+        for name, gain in re.findall(r'<th>([^<]*)</th><td>[^<]*</td><td><span class="gain">([^<]*)<', page)
+    ]
+    assert rows == [('sft', 0.5), ('to step 10', 1.6), ('to the end', pytest.approx(0.133, abs=1e-3))]
+    assert 'sft made it better (higher is better).' in page  # of grpo no items are known
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

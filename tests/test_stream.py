@@ -163,6 +163,12 @@ class TestResume:
             assert state == expected_state
         assert any((tokens != old).any() for (tokens, _), (old, _) in zip(after, before[5:], strict=True))
 
+    def test_shares_of_tokens_are_told(self):
+        state = take(mixed(), 0, 10)[-1][1]
+        taken = totals(state, 'consumed')
+        assert state['metrics'] == {f'consumed/{name}': x / sum(taken.values()) for name, x in taken.items()}
+        assert all(taken.values()) and 'metrics' not in take(make({'a': token_records([3, 50])}), 0, 1)[0][1]
+
     def test_states_do_not_change_behind_ones_back(self):
         stream = mixed()
         _, state = stream.next(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,10 @@ import numpy as np
 from data.errors import InputError, did_you_mean
 from train.launch.command import command
 from train.launch.goodput import summary
-from train.measure.figures import PALETTE, chart, draw, metric_curves
+from train.measure.browser import screenshot
+from train.measure.figures import PALETTE, Curve, chart, draw, metric_curves
+from train.measure.lineage import PARTS, cost, drawn, measured, mixtures, origins, paired, returns
 from train.measure.page import brief, document, duration, rounded, safe, signed, with_unit
-from train.measure.statistics import interval, scored
 
 # What a newcomer needs to know about a kind of stage; a stage of another kind brings its own `description`.
 KINDS = {
@@ -38,22 +38,27 @@ KINDS = {
     'label': 'Writes records: pairs of answers, and how probably the one is better than the other.',
     'merge': 'Averages the parameters of several checkpoints; nothing is trained.',
 }
+BAND = 'Bands: 95% intervals of the running mean, as if steps were independent.'
 SAMPLES = 6  # shown per stage
 EVENTS_SHOWN = 100  # per stage
 GREY = '#777'  # readable on white and on near-black, where no page gives a colour
-FIGURES = {  # metric: (title, note)
+READ = 4  # curves that a reading names
+FIGURES = {  # metric: (title, unit, note)
     'loss': (
         'Loss',
+        'nats a token',
         'Nats per predicted token on the training data of each stage. Stages train on different data, so a jump where '
         'one begins is a change of data rather than of the model. Stages that learn from rewards are left out: their '
         'loss is no measure of progress.',
     ),
     'experts/max_violation': (
         'Load of the experts',
+        'MaxVio, shares above the mean',
         'MaxVio: how far the busiest expert is above the average load. 0 is perfect balance; 1 means twice its share.',
     ),
     'experts/router_entropy': (
         'Router entropy',
+        'nats',
         'How undecided the router is between experts. Near 0 it always asks the same ones.',
     ),
 }
@@ -62,8 +67,8 @@ FIGURES = {  # metric: (title, note)
 def write_report(workdir: Path) -> Path:
     """Writes `workdir`/report.html and returns its path.
 
-    It reads lineage.json and the stages' metrics.jsonl, samples.jsonl and events.jsonl. A stage may lack them, and
-    lines that a killed run left half-written are passed over.
+    It reads lineage.json and the stages' config.json, metrics.jsonl, samples.jsonl, events.jsonl and evaluations.jsonl.
+    A stage may lack them, and lines that a killed run left half-written are passed over.
 
     Raises:
         InputError: lineage.json is missing, or is not the record of a run.
@@ -74,7 +79,8 @@ def write_report(workdir: Path) -> Path:
     metrics = {stage['name']: _read_metrics(workdir / stage['name'] / 'metrics.jsonl') for stage in stages}
     samples = {stage['name']: _read_lines(workdir / stage['name'] / 'samples.jsonl') for stage in stages}
     events = {stage['name']: _read_lines(workdir / stage['name'] / 'events.jsonl') for stage in stages}
-    page = _page(workdir, lineage.get('run') or {}, stages, metrics, samples, events)
+    parts = {stage['name']: _read_lines(workdir / stage['name'] / PARTS) for stage in stages}
+    page = _page(workdir, lineage.get('run') or {}, stages, metrics, samples, events, parts)
     path = workdir / 'report.html'
     partial = path.with_suffix('.html.partial')
     partial.write_bytes(page.encode('utf-8', 'replace'))
@@ -128,27 +134,39 @@ def _page(
     metrics: Mapping[str, list[dict[str, Any]]],
     samples: Mapping[str, list[dict[str, Any]]],
     events: Mapping[str, list[dict[str, Any]]],
+    parts: Mapping[str, list[dict[str, Any]]],
 ) -> str:
     name, colours = workdir.resolve().name, {s['name']: PALETTE[i % len(PALETTE)] for i, s in enumerate(stages)}
     facts = [run.get('created'), run.get('device'), f'{len(stages)} stages', *_totals(stages)]
     shown = ' · '.join(safe(fact) for fact in facts if fact)
     sections = [
         f'<header><h1>{safe(name)}</h1><p class="soft">{shown}</p></header>',
-        _section('The life of this model', _cards(stages, colours), 'Each stage starts from the model of its parent.'),
+        _section(
+            'The life of this model',
+            drawn(stages, colours) + _cards(workdir, run, stages, colours),
+            'Each stage starts from the model of its parent; dashed lines lead to stages that only read another.',
+        ),
         _section(
             'Held-out results',
             _results(stages),
-            'Measured on data no stage was trained on. Below each value: its 95% confidence interval where known, and '
-            'the change from the parent stage, with an interval of its own where both answered the same items; in '
-            'colour where that leaves out 0, or, without one, where the two intervals do not overlap.',
+            'Below each name: what keeps its items out of the training data of the last stage. Below each value: its '
+            '95% confidence interval where known, and the change from the parent stage, with an interval of its own '
+            'where both answered the same items; in colour where that leaves out 0, or, without one, where the two '
+            'intervals do not overlap.',
         ),
         _section(
             'What a FLOP bought',
-            _returns(stages),
+            returns(stages, parts),
             'Marginal return: how much better a stage made a result than its parent, by the FLOPs of that stage alone, '
-            'with its 95% interval where both answered the same items; in colour where that leaves out 0.',
+            'with its 95% interval where both answered the same items; in colour where that leaves out 0. Below it the '
+            'parts of the stage, where it was evaluated on the way.',
+        ),
+        *(
+            _section(f'{title}, stage by stage', f'<div class="plot">{plot}</div>', f'{reading} Bars: 95% intervals.')
+            for title, reading, plot in measured(stages, parts, colours)
         ),
         *_figures(metrics, colours),
+        _section('What it was fed', mixtures(workdir, stages, metrics), 'Shares of the tokens taken from each source.'),
         _section('What the model says', _samples(stages, samples), 'Drawn at the end of each stage, not chosen.'),
         _section('Where the time went', _goodput(workdir), 'Goodput: the share of steps that counted in all time.'),
         _section('What happened on the way', _events(events), 'Interruptions, alarms and what was done about them.'),
@@ -184,24 +202,18 @@ def _parameters(parameters: Mapping[str, Any]) -> str:
     return f'{text}, {rounded(active)} active per token' if active and active != parameters['total'] else text
 
 
-def _cards(stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+def _cards(
+    workdir: Path, run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], colours: Mapping[str, str]
+) -> str:
     cards = []
     for stage in stages:
         kind = str(stage.get('kind') or '')
-        parents = [stage.get('parent'), *(stage.get('models') or {}).values(), *(stage.get('records') or ())]
-        origin = ', '.join(dict.fromkeys(str(parent) for parent in parents if parent))
-        facts = [
-            f'{stage["steps"]:,} steps' if stage.get('steps') else '',
-            f'{stage["report"]["records"]:,} records' if stage.get('report') else '',
-            f'{rounded(stage["tokens"])} tokens' if stage.get('tokens') else '',
-            f'{rounded(stage["flops"])} FLOPs' if stage.get('flops') else '',
-            duration(stage.get('seconds') or 0),
-        ]
+        origin, facts = ', '.join(origins(stage)), cost(workdir, stage, float(run.get('price') or 0))
         cards.append(
             f'<div class="card" style="border-top-color:{colours[stage["name"]]}"><h3>{safe(stage["name"])}</h3>'
             f'<p class="soft">{safe(kind)}{f" from {safe(origin)}" if origin else ""}</p>'
             f'<p>{safe(stage.get("description") or KINDS.get(kind, ""))}</p>'
-            f'<p class="soft">{" · ".join(safe(fact) for fact in facts if fact)}</p></div>'
+            f'<p class="soft">{" · ".join(map(safe, facts))}</p></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ''
 
@@ -222,49 +234,12 @@ def _results(stages: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _returns(stages: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each stage that trained and was evaluated as its parent was: gains by FLOPs, in one unit for all."""
-    by_name = {stage['name']: stage.get('evaluations') or {} for stage in stages}
-    rows: list[tuple[Mapping[str, Any], dict[str, tuple[float, ...]]]] = []
-    for stage in stages:
-        parent = by_name.get(str(stage.get('parent') or '').partition('@')[0], {})
-        gains = {}
-        for name, result in by_name[stage['name']].items():
-            before = parent.get(name)
-            if stage.get('flops') and before and None not in (result.get('value'), before.get('value')):
-                sign = -1 if result.get('direction') == 'lower' else 1
-                bounds = sorted(sign * bound for bound in _paired(result, before) or ())
-                gains[name] = (sign * (result['value'] - before['value']), *bounds)
-        rows += [(stage, gains)] if gains else []
-    if not rows:
-        return ''
-    unit = 10.0 ** math.floor(math.log10(max(stage['flops'] for stage, _ in rows)))
-    columns = list(dict.fromkeys(name for _, gains in rows for name in gains))
-    body = ''
-    for stage, gains in rows:
-        cells = ''.join(_return(gains.get(column, ()), unit / stage['flops']) for column in columns)
-        body += f'<tr><th>{safe(stage["name"])}</th><td>{rounded(stage["flops"])}</td>{cells}</tr>'
-    head = ''.join(f'<th>{safe(c)}<br><span class="soft">gain per {unit:.0e} FLOPs</span></th>' for c in columns)
-    head = f'<thead><tr><th></th><th>FLOPs</th>{head}</tr></thead>'
-    return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
-
-
-def _return(gain: Sequence[float], scale: float) -> str:
-    """A cell: the gain, and its bounds where they are known, by compute."""
-    if not gain:
-        return '<td class="soft">–</td>'
-    value, *bounds = (x * scale for x in gain)
-    certain = bool(bounds) and (bounds[0] > 0 or bounds[1] < 0)
-    kind = ('gain' if value > 0 else 'loss') if certain else 'soft'
-    note = f'<br><span class="soft">{bounds[0]:+.3g} to {bounds[1]:+.3g}</span>' if bounds else ''
-    return f'<td><span class="{kind}">{value:+.3g}</span>{note}</td>'
-
-
 def _column_note(column: str, all_evaluations: Any) -> str:
-    result = next(evaluations[column] for evaluations in all_evaluations if column in evaluations)
+    result = [evaluations[column] for evaluations in all_evaluations if column in evaluations][-1]
     direction = {'higher': 'higher is better', 'lower': 'lower is better'}.get(result.get('direction'), '')
     items = f'{result["items"]:,} items' if result.get('items') else ''
-    parts = ' · '.join(part for part in (str(result.get('metric') or ''), items, direction) if part)
+    kept = str(result.get('contamination') or '')
+    parts = ' · '.join(part for part in (str(result.get('metric') or ''), items, direction, kept) if part)
     return f'<br><span class="soft">{safe(parts)}</span>'
 
 
@@ -280,7 +255,7 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         cell += f'<br><span class="soft">{safe(with_unit(low, short))} to {safe(with_unit(high, short))}</span>'
     if parent and parent.get('value') is not None:
         change = result['value'] - parent['value']
-        bounds = _paired(result, parent)
+        bounds = paired(result, parent)
         if bounds:
             certain = bounds[0] > 0 or bounds[1] < 0
             note = f' <span class="soft">({" to ".join(safe(signed(bound, short)) for bound in bounds)})</span>'
@@ -291,12 +266,6 @@ def _result(result: Mapping[str, Any] | None, parent: Mapping[str, Any] | None) 
         points = ' points' if unit == 'share' else ''
         cell += f'<br><span class="{kind}">{safe(signed(change, short))}{points}</span>{note}'
     return f'<td>{cell}</td>'
-
-
-def _paired(result: Mapping[str, Any], parent: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Interval of the change by a paired bootstrap, where both keep the scores of the same items."""
-    (mine, weights), (theirs, same) = (scored(x.get('details', {})) for x in (result, parent))
-    return interval(mine - theirs, weights) if len(weights) and np.array_equal(weights, same) else None
 
 
 def _apart(result: Mapping[str, Any], parent: Mapping[str, Any]) -> bool:
@@ -312,16 +281,28 @@ def _figures(metrics: Mapping[str, list[dict[str, Any]]], colours: Mapping[str, 
     }
     wanted = {'loss': FIGURES['loss']}
     wanted |= {
-        key: ('Reward: ' + key.removeprefix('reward/'), 'Of the attempts made while training.') for key in rewards
+        key: ('Reward: ' + key.removeprefix('reward/'), 'a rollout', 'Of the attempts made while training.')
+        for key in rewards
     }
     wanted |= FIGURES
     sections = []
-    for number, (metric, (title, note)) in enumerate(wanted.items()):
+    for number, (metric, (title, unit, note)) in enumerate(wanted.items()):
         shown = {s: lines for s, lines in metrics.items() if metric != 'loss' or s not in learning_from_reward}
         curves = metric_curves(shown, metric, colours)
         if curves:
-            sections.append(_section(title, f'<div class="plot">{draw(curves, metric, f"figure{number}")}</div>', note))
+            plot = f'<div class="plot">{draw(curves, f"{metric}, {unit}", f"figure{number}")}</div>'
+            sections.append(_section(title, plot, f'{_reading(curves)} {note} {BAND}'))
     return sections
+
+
+def _reading(curves: Sequence[Curve]) -> str:
+    """Where the curves begin and end, by the means of a tenth of each."""
+    ends = []
+    for curve in curves[:READ]:
+        tenth = max(1, len(curve.y) // 10)
+        ends.append(f'{curve.label} {np.mean(curve.y[:tenth]):.3g} → {np.mean(curve.y[-tenth:]):.3g}')
+    more = f', and {len(curves) - READ} more' if len(curves) > READ else ''
+    return f'{", ".join(ends)}{more}.'
 
 
 def _samples(stages: Sequence[Mapping[str, Any]], samples: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -424,14 +405,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('workdir', metavar='DIR', type=Path, help="the run's --workdir")
     parser.add_argument('--figure', default='', metavar='METRIC', help='one metric, such as reward/mean, as SVG')
     parser.add_argument('--stages', default='', help='of the figure, with commas between them (all)')
+    parser.add_argument('--screenshot', type=Path, help='also a picture of the page, as PNG, by an installed browser')
+    parser.add_argument('--height', type=int, default=2000, help='of that, in pixels')
     parser.add_argument('--output', type=Path, default=Path('figure.svg'), help='figure.svg, or a chart in an .md file')
     options = parser.parse_args(arguments)
     if options.figure:
         stages = [name for name in options.stages.split(',') if name]
         write_figure(options.workdir, options.figure, options.output, stages)
         print(options.output)
-    else:
-        print(write_report(options.workdir))
+        return 0
+    page = write_report(options.workdir)
+    print(page)
+    if options.screenshot:
+        screenshot(page, options.screenshot, options.height)
+        print(options.screenshot)
     return 0
 
 

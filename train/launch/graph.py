@@ -261,6 +261,7 @@ class Run:
                 'steps': stage.get('steps', 0),
                 **facts,
                 'seconds': time.perf_counter() - began,
+                'devices': jax.device_count(),
                 'changed': changed,
             },
         )
@@ -441,6 +442,7 @@ class Run:
             'command': self.command,
             'config': self.config['name'],
             'created': known.get('created') or datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+            'price': self.config.get('device_hour_price', 0.0),
             'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
         }
         write_json(path, {'run': run, 'stages': done})
