@@ -16,7 +16,7 @@ import optax
 
 from data.errors import InputError
 from data.stream import Stream
-from model.transformer import Model
+from model.transformer import Model, Variables
 from train.checkpoint import Checkpoints, read_json, write_json
 from train.launch.events import note
 from train.launch.goodput import Clock
@@ -29,6 +29,7 @@ from train.learn.health import Rewind, Watch, guard, restored_health, saved_heal
 from train.learn.objectives import Objective
 from train.learn.replicas import Prints, agreement, twice
 from train.learn.step import Layout, State, make_step
+from train.measure.lineage import PARTS
 
 # Of a stage's config, what is in its Plan as it is.
 FIELDS = (
@@ -42,6 +43,7 @@ FIELDS = (
     'compare_every',
     'replay_every',
     'qk_clip',
+    'evaluate_every',
 )
 SKIPPED = 'skipped.json'  # in a stage's folder: the steps whose batches are left out
 
@@ -66,6 +68,7 @@ class Plan:
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
         clock: is told what time goes by for.
+        evaluate_every: steps between calls of `measure`, with the step, the FLOPs so far and the variables; 0: none.
     """
 
     name: str
@@ -91,6 +94,8 @@ class Plan:
     flops: float
     metadata: dict[str, Any]
     clock: Clock = dataclasses.field(default_factory=Clock)
+    evaluate_every: int = 0
+    measure: Callable[[int, float, Variables], None] = lambda step, flops, variables: None
 
 
 @dataclasses.dataclass
@@ -204,6 +209,13 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
             if step > first:
                 began(step + 1)
             variables = {'params': state['params'], 'balance': state['balance']}
+            # What a kill after the save cost is made up for when the stage goes on.
+            if step and plan.evaluate_every and step % plan.evaluate_every == 0:
+                if pending is not None:
+                    report(*pending)
+                    pending = None
+                plan.measure(step, spent.flops, variables)
+                reported = time.perf_counter()
             if stream_works:  # it needs them at once, and the rest of the last step is not its time
                 jax.block_until_ready(variables)
             asked = time.perf_counter()
@@ -264,7 +276,8 @@ def _resume(plan: Plan, checkpoints: Checkpoints, state: State, spent: Spent) ->
         spent.tokens, spent.flops = int(restored.metadata['tokens']), float(restored.metadata['flops'])
         plan.stream.restore(restored.stream)
     if is_primary():
-        set_aside(plan.folder / 'metrics.jsonl', step)
+        for name in ('metrics.jsonl', PARTS):
+            set_aside(plan.folder / name, step)
     if plan.guard['sigma']:
         whole = jax.sharding.NamedSharding(plan.layout.mesh, jax.sharding.PartitionSpec())
         state['health'] = jax.device_put(restored_health(plan.guard, health), whole)

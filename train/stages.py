@@ -72,7 +72,7 @@ COMMON: dict[str, Any] = {
     'microbatches': 1,  # a step's rows are taken in this many parts, gradients accumulated
     'save_every': 100,
     'keep': 2,
-    # Seconds after which a step, with its save, is taken to hang: the process ends with status 75. 0: never.
+    # Seconds after which a step, with what follows it, is taken to hang: the process ends with status 75. 0: never.
     'step_deadline': 0.0,
     # Steps between comparisons of the state's copies on several devices, as before every save. 0: none at all.
     'compare_every': 100,
@@ -80,6 +80,7 @@ COMMON: dict[str, Any] = {
     'replay_every': 1000,
     'keep_optimizer': False,  # take over the parent's optimizer state
     'evaluations': (),
+    'evaluate_every': 0,  # steps between evaluations on the way; 0: only at the end
     'optimizer': {
         'name': 'muon',
         'learning_rate': 0.01,

@@ -18,10 +18,8 @@ from train.stages import get_kind, stage_defaults
 Config = Mapping[str, Any]
 
 # Fields that no result depends on.
-BESIDE = tuple(
-    f'stage.{field}'
-    for field in ('evaluations', 'save_every', 'keep', 'step_deadline', 'compare_every', 'replay_every')
-)
+_BESIDE = ('evaluations', 'evaluate_every', 'save_every', 'keep', 'step_deadline', 'compare_every', 'replay_every')
+BESIDE = tuple(f'stage.{field}' for field in _BESIDE)
 
 
 def parents(stage: Mapping[str, Any]) -> list[str]:

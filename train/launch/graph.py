@@ -24,7 +24,7 @@ from model.sharding import make_mesh
 from model.transformer import Model, Variables, subtree
 from train.act.make import RECORDS, write_records
 from train.checkpoint import Checkpoints, read_json, split_address, stage_folder, tokenizer_folder, write_json
-from train.evaluate import checked, evaluate
+from train.evaluate import checked
 from train.launch.edges import (
     check_edges,
     check_gate,
@@ -41,6 +41,7 @@ from train.launch.edges import (
     stage_model,
     steps_pinned,
 )
+from train.launch.evaluated import Evaluated
 from train.launch.goodput import Clock
 from train.launch.host import is_primary, say, wait_for_all
 from train.launch.lock import locked
@@ -50,7 +51,6 @@ from train.learn.optimizer import learning_rate, make_optimizer
 from train.learn.step import Layout, State, initial_state, optimizer_shapes, trained
 from train.learn.streams import Context
 from train.loop import FIELDS, Plan, train
-from train.measure.domains import contamination, trained_on
 from train.measure.scoring import Other
 from train.stages import get_kind, stage_objective, training_kind
 
@@ -276,7 +276,7 @@ class Run:
             'tokens': spent.tokens - plan.tokens,
             'flops': spent.flops - plan.flops,
             'parameters': plan.model.parameter_counts,
-            'evaluations': self._evaluate(name, plan.model, variables),
+            'evaluations': self._evaluated(name, plan.model)(variables),
         }
 
     def _make(self, name: str) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Run:
         checkpoints.save(0, {**variables, 'optimizer': {}}, {}, {**self._metadata(name), **spent})
         checkpoints.wait()
         checkpoints.close()
-        evaluations = self._evaluate(name, model, variables)
+        evaluations = self._evaluated(name, model)(variables)
         return {'tokens': 0, 'flops': 0.0, 'parameters': model.parameter_counts, 'evaluations': evaluations}
 
     def begin(self, name: str, fresh: bool = False) -> tuple[Plan, State]:
@@ -336,6 +336,7 @@ class Run:
             flops=float(start.get('flops', 0.0)),
             metadata=self._metadata(name),
             clock=self.clock,
+            measure=self._evaluated(name, model).on_the_way,
         )
         return plan, state
 
@@ -405,30 +406,8 @@ class Run:
         found = [d for field in ('model', 'stage') for d in differences(before[field], now[field], field)]
         return [d for d in found if d[0] != 'stage.parent']
 
-    def _evaluate(self, name: str, model: Model, variables: Variables) -> dict[str, Any]:
-        """The stage's evaluations; each is kept as soon as it is there, so that a kill costs one at most."""
-        folder = self.workdir / name
-        path = folder / 'evaluations.json'
-        results = read_json(path) if path.exists() else {}
-        with jax.set_mesh(self.mesh), self.clock.spend('evaluation'):
-            for evaluation in self.stages[name].get('evaluations', ()):
-                if evaluation in results:
-                    continue
-                spec = self.config['evaluations'][evaluation]
-                result = evaluate(model, variables, self.tokenizer, spec, workdir=self.workdir)
-                samples = result.pop('samples', [])
-                if is_primary():
-                    step = self.stages[name].get('steps', 0)
-                    with (folder / 'samples.jsonl').open('a') as lines:
-                        lines.writelines(json.dumps({'step': step, **s}) + '\n' for s in samples)
-                    result['contamination'] = contamination(spec, evaluation, trained_on(folder))
-                results[evaluation] = result
-                write_json(path, results)
-                say(
-                    f'{name}: {evaluation} {result["value"]:.4f} [{result["low"]:.4f}, {result["high"]:.4f}] '
-                    f'{result["metric"]} ({result.get("contamination", "")})'
-                )
-        return results
+    def _evaluated(self, name: str, model: Model) -> Evaluated:
+        return Evaluated(self.config, name, self.workdir, model, self.tokenizer, self.mesh, self.clock)
 
     def write_lineage(self) -> None:
         """`lineage.json`: every finished stage of the workdir, in the order of the graph."""
