@@ -29,6 +29,7 @@ def base(name: str) -> ConfigDict:
     config.topology = ''  # the TPU slice meant for it, such as v5p:2x2x4; only `train.compile` reads it
     config.mesh = ConfigDict({axis: -1 if axis == 'data' else 1 for axis in MESH_AXES})
     config.device_hour_price = 0.0  # dollars, from which the report tells what stages cost; 0: it does not
+    config.wandb = ''  # a project of Weights & Biases that metrics go to as well
     config.sources = ConfigDict()
     config.evaluations = ConfigDict()
     config.stages = ConfigDict()

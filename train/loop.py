@@ -68,6 +68,7 @@ class Plan:
         tokens, flops: what the checkpoint the stage starts from has already cost.
         metadata: goes into every checkpoint.
         clock: is told what time goes by for.
+        wandb: the project of Weights & Biases that metrics go to; '': none.
         evaluate_every: steps between calls of `measure`, with the step, the FLOPs so far and the variables; 0: none.
     """
 
@@ -95,6 +96,7 @@ class Plan:
     metadata: dict[str, Any]
     clock: Clock = dataclasses.field(default_factory=Clock)
     evaluate_every: int = 0
+    wandb: str = ''
     measure: Callable[[int, float, Variables], None] = lambda step, flops, variables: None
 
 
@@ -166,7 +168,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(checkpoints))  # an interrupted run still finishes the save it has begun
         stack.enter_context(jax.set_mesh(plan.layout.mesh))
-        log = stack.enter_context(Log(plan.folder, plan.name, plan.steps, first)) if is_primary() else None
+        log = stack.enter_context(Log(plan.folder, plan.name, plan.steps, first, plan.wandb)) if is_primary() else None
         leave = stack.enter_context(notice())
         stack.enter_context(plan.clock.spend('compile'))
         step = first

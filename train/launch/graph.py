@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import itertools
 import json
 import re
@@ -75,6 +76,8 @@ class Run:
             self.mesh = make_mesh(config['mesh'])
         except ValueError as error:
             raise InputError(str(error)) from None
+        if config.get('wandb') and importlib.util.find_spec('wandb') is None:
+            raise InputError(f'wandb is {config["wandb"]!r}, and the package is not installed: pip install wandb')
         for name in self.order:
             self.model_config(name)
             for evaluation in self.stages[name].get('evaluations', ()):
@@ -336,6 +339,7 @@ class Run:
             flops=float(start.get('flops', 0.0)),
             metadata=self._metadata(name),
             clock=self.clock,
+            wandb=self.config.get('wandb', ''),
             measure=self._evaluated(name, model).on_the_way,
         )
         return plan, state

@@ -1,10 +1,12 @@
-"""Where the metrics of steps go: a line of JSON each, TensorBoard events, the progress bar."""
+"""Where the metrics of steps go: lines of JSON, TensorBoard events, Weights & Biases where asked, the progress bar."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ class Log:
     """The metrics of a stage that takes `steps` steps, of which `first` were taken before; a context manager.
 
     A disk that takes no more ends no run: lines wait until it does again, and TensorBoard's events, which are there for
-    the eye, end.
+    the eye, end. With `project` they go to that project of Weights & Biases as well, as one run however often the stage
+    is started.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, first: int):
+    def __init__(self, folder: Path, name: str, steps: int, first: int, project: str = ''):
         self._folder = folder
         self._lines = (folder / 'metrics.jsonl').open('ab', buffering=BUFFER)
         self._full = False
@@ -35,6 +38,13 @@ class Log:
         self._board: EventsWriter | None = EventsWriter(str(folder / 'events'))
         self._flushed = time.monotonic()
         self._progress = Progress(steps, name, initial=first)
+        self._run: Any = None
+        if project:
+            wandb, known = importlib.import_module('wandb'), folder / 'wandb_id'
+            if not known.exists():
+                known.write_text(uuid.uuid4().hex)
+            told = {'project': project, 'group': folder.resolve().parent.name, 'name': name, 'dir': str(folder)}
+            self._run = wandb.init(**told, id=known.read_text(), resume='allow')
 
     def __enter__(self) -> Log:
         self._progress.__enter__()
@@ -43,6 +53,8 @@ class Log:
     def __exit__(self, *error: Any) -> None:
         self._progress.__exit__(*error)
         self._lines.close()
+        if self._run is not None:
+            self._run.finish()
         with contextlib.suppress(OSError):
             if self._board is not None:
                 self._board.close()
@@ -61,6 +73,8 @@ class Log:
             self._full = True
         if self._board is not None:
             self._draw(line)
+        if self._run is not None:
+            self._run.log({name: value for name, value in line.items() if name != 'step'}, step=line['step'])
         shown = {name: line[name] for name in ('loss', 'reward/mean') if name in line}
         self._progress.update(line['step'], tokens, **shown)
 
