@@ -159,6 +159,21 @@ def test_changes_on_the_same_items_are_judged_in_pairs(workdir: Path) -> None:
     assert '<span class="gain">+5.0 points</span> <span class="soft">(+2.0 to +8.0)</span>' in page
 
 
+def test_what_else_evaluations_say(workdir: Path) -> None:
+    lineage = json.loads((workdir / 'lineage.json').read_text())
+    details = {'pass@4': 0.75, 'stopped': 1.0, 'other': 3, 'intervals': {'pass@4': [0.5, 0.875], 'stopped': [1, 1]}}
+    lineage['stages'][1]['evaluations']['arithmetic']['details'] = details
+    lineage['stages'][1]['evaluations']['arithmetic']['contamination'] = 'not checked against <web>'
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    page = write_report(workdir).read_text()
+    assert '<summary>more of arithmetic</summary>' in page and page.count('more of') == 1
+    assert '<th>pass@4</th><th>stopped</th></tr>' in page
+    assert '<tr><th>sft</th><td>0.75<br><span class="soft">0.5 to 0.875</span></td><td>1<br>' in page
+    lineage['stages'][2]['evaluations']['arithmetic']['contamination'] = 'not checked against <web>'
+    (workdir / 'lineage.json').write_text(json.dumps(lineage))
+    assert 'not checked against &lt;web&gt;' in write_report(workdir).read_text()
+
+
 def test_gains_are_stated_by_the_compute_they_took(workdir: Path) -> None:
     """The child took 4e12 FLOPs; the unit is a power of ten, and less is better where that is the direction."""
     lineage = json.loads((workdir / 'lineage.json').read_text())
@@ -232,7 +247,7 @@ def test_gains_of_parts_of_a_stage(workdir: Path) -> None:
         (name, float(gain))
         for name, gain in re.findall(r'<th>([^<]*)</th><td>[^<]*</td><td><span class="gain">([^<]*)<', page)
     ]
-    assert rows == [('sft', 0.5), ('to step 10', 1.6), ('to the end', pytest.approx(0.133, abs=1e-3))]
+    assert rows == [('sft', 0.5), ('sft to step 10', 1.6), ('sft to the end', pytest.approx(0.133, abs=1e-3))]
     assert 'sft made it better (higher is better).' in page  # of grpo no items are known
 
 

@@ -53,7 +53,7 @@ FIGURES = {  # metric: (title, unit, note)
     ),
     'experts/max_violation': (
         'Load of the experts',
-        'MaxVio, shares above the mean',
+        'of the mean load',
         'MaxVio: how far the busiest expert is above the average load. 0 is perfect balance; 1 means twice its share.',
     ),
     'experts/router_entropy': (
@@ -148,7 +148,7 @@ def _page(
         ),
         _section(
             'Held-out results',
-            _results(stages),
+            _results(stages) + _more(stages),
             'Below each name: what keeps its items out of the training data of the last stage. Below each value: its '
             '95% confidence interval where known, and the change from the parent stage, with an interval of its own '
             'where both answered the same items; in colour where that leaves out 0, or, without one, where the two '
@@ -232,6 +232,26 @@ def _results(stages: Sequence[Mapping[str, Any]]) -> str:
     return (
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _more(stages: Sequence[Mapping[str, Any]]) -> str:
+    """What evaluations say beside their value (pass@k, lengths, budgets of thinking), with intervals."""
+    tables = []
+    for name in dict.fromkeys(name for stage in stages for name in stage.get('evaluations') or {}):
+        told = {s['name']: ((s.get('evaluations') or {}).get(name) or {}).get('details', {}) for s in stages}
+        columns = list(dict.fromkeys(key for details in told.values() for key in details.get('intervals', ())))
+        head = ''.join(f'<th>{safe(column)}</th>' for column in columns)
+        rows = ''
+        for stage, details in told.items():
+            bounds = {column: details.get('intervals', {}).get(column) for column in columns}
+            cells = (
+                f'<td>{details[c]:.4g}<br><span class="soft">{x[0]:.4g} to {x[1]:.4g}</span></td>' if x else '<td></td>'
+                for c, x in bounds.items()
+            )
+            rows += f'<tr><th>{safe(stage)}</th>{"".join(cells)}</tr>' if any(bounds.values()) else ''
+        table = f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        tables += [f'<details><summary>more of {safe(name)}</summary>{table}</details>'] if columns else []
+    return ''.join(tables)
 
 
 def _column_note(column: str, all_evaluations: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 import tempfile
@@ -12,7 +11,7 @@ from data.errors import InputError
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 DEADLINE = 120.0  # seconds
-LARGEST = 300_000  # bytes of a picture
+COLOURS = 64  # of a picture, which so takes a third of the bytes
 WIDTH = 1000  # pixels
 
 
@@ -41,17 +40,12 @@ def browse(page: Path, *options: str) -> tuple[str, list[str]]:
 
 
 def screenshot(page: Path, path: Path, height: int) -> None:
-    """Writes the top of a page as PNG, in few enough colours to be less than LARGEST bytes."""
+    """Writes the top of a page as PNG, in few colours."""
     from PIL import Image
 
     with tempfile.TemporaryDirectory() as folder:
         taken = Path(folder) / 'page.png'
         browse(page, f'--window-size={WIDTH},{height}', f'--screenshot={taken}')
-        picture = Image.open(io.BytesIO(taken.read_bytes())).convert('RGB')
-    for colours in (256, 64, 16):
-        out = io.BytesIO()
-        picture.quantize(colours).save(out, 'PNG', optimize=True)
-        if out.tell() < LARGEST:
-            break
+        picture = Image.open(taken).convert('RGB')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(out.getvalue())
+    picture.quantize(COLOURS).save(path, 'PNG', optimize=True)

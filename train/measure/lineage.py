@@ -154,7 +154,8 @@ def measured(
                 label = name if point.step is None else ''
                 shown.append(Mark(label, result['value'], result['low'], result['high'], point.flops, colours[name]))
                 last |= {name: before} if point.step is None else {}
-            gain = _gain(taken.get(parent_of(stage), [])[-1:], taken[name][-1], evaluation)
+            # A stage from scratch is compared with what it was when it was first evaluated.
+            gain = _gain(taken.get(parent_of(stage), taken[name][:1])[-1:], taken[name][-1], evaluation)
             if len(gain) == 3 and not gain[1] <= 0 <= gain[2]:
                 moved.append((gain[0], f'{name} made it {"better" if gain[0] > 0 else "worse"}'))
         if len(shown) < 2:
@@ -178,7 +179,7 @@ def returns(stages: Sequence[Stage], parts: Mapping[str, list[dict[str, Any]]]) 
         for point in here if len(here) > 1 else ():
             start = before[0].flops if before else 0.0
             end = 'the end' if point.step is None else f'step {point.step:,}'
-            spans.append((f'to {end}', before, point, point.flops - start))
+            spans.append((f'{stage["name"]} to {end}', before, point, point.flops - start))
             before = [point]
         for label, start_point, point, flops in spans:
             gains = {name: gain for name in point.results if (gain := _gain(start_point, point, name)) and flops > 0}
