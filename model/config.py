@@ -59,6 +59,9 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    # The number of inputs at which initializer_range and learning rates hold as they are; matrices with others, and the
+    # head, have theirs scaled for what suits one width to suit all (see `model.layers.by_width`). 0: nothing is scaled.
+    base_width: int = 0
     tie_word_embeddings: bool = False
     value_head: bool = False  # one more number a token, for reward models and critics
     # Low-rank adapters beside every matrix (LoRA: Hu et al. 2021), of this rank and weighed by lora_alpha / lora_rank.
@@ -107,6 +110,11 @@ class ModelConfig:
         return self.qk_rope_head_dim if self.attention == 'mla' else self.head_dim
 
     @property
+    def head_multiplier(self) -> float:
+        """What logits are multiplied by (Yang et al. 2022, table 8), in the first scale of the norm before the head."""
+        return self.base_width / self.hidden_size if self.base_width else 1.0
+
+    @property
     def cache_elements_per_token(self) -> int:
         """Numbers cached for one token over all layers (DeepSeek-V2, table 1)."""
         if self.attention == 'mla':
@@ -126,7 +134,7 @@ class ModelConfig:
         expect(self.rope_factor >= 1, 'rope_factor', '1 (no YaRN) or more')
         expect(self.round_capacity > 0, 'round_capacity', 'a positive number')
         expect(self.head_chunk > 0, 'head_chunk', 'a positive number of tokens')
-        for field in ('num_nextn_predict_layers', 'lora_rank'):
+        for field in ('num_nextn_predict_layers', 'lora_rank', 'base_width'):
             expect(getattr(self, field) >= 0, field, '0 or more')
         if self.attention == 'gqa':
             divides = self.num_attention_heads % self.num_key_value_heads == 0

@@ -48,8 +48,8 @@ _FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'moe
 _FIXED_ROPE = {'partial_rotary_factor': 1.0, 'truncate': True, 'attention_factor': None}
 # Fields of ours that say nothing about what the weights compute, or nothing with latent attention.
 _FREE = (
-    'num_key_value_heads head_dim initializer_range bias_update_rule bias_update_speed num_nextn_predict_layers '
-    'dtype gradient_dtype remat scan_layers head_chunk lora_alpha'
+    'num_key_value_heads head_dim initializer_range base_width bias_update_rule bias_update_speed '
+    'num_nextn_predict_layers dtype gradient_dtype remat scan_layers head_chunk lora_alpha'
 ).split()
 _YARN = 'rope_beta_fast rope_beta_slow rope_mscale rope_mscale_all_dim original_max_position_embeddings'.split()
 

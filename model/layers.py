@@ -28,16 +28,18 @@ class Declared(nn.meta.AxisMetadata):
         axes: logical axis names, one a dimension; 'layers' and 'experts' stack independent weights.
         inputs: how many of the dimensions that stack nothing are inputs of the matmul (the first ones); 0 for vectors.
         init: 'normal', 'ones' or 'zeros'.
-        deviation: standard deviation of the normal initializer.
+        scale: standard deviation of the normal initializer, or what ones are multiplied by.
         role: 'matrix', 'embedding', 'router' or 'vector': how an optimizer may treat it.
+        rates: factors on its learning rate with AdamW and with Muon (see `by_width`).
     """
 
     value: Any
     axes: tuple[str | None, ...] = dataclasses.field(metadata={'static': True})
     inputs: int = dataclasses.field(metadata={'static': True})
     init: str = dataclasses.field(metadata={'static': True})
-    deviation: float = dataclasses.field(metadata={'static': True})
+    scale: float = dataclasses.field(metadata={'static': True})
     role: str = dataclasses.field(metadata={'static': True})
+    rates: tuple[float, float] = dataclasses.field(metadata={'static': True})
 
     def unbox(self) -> Any:
         return self.value
@@ -68,11 +70,13 @@ class Module(nn.Module):
         role: str = 'matrix',
         gather: bool = True,
         cast: bool = True,
+        multiplier: float = 1.0,
     ) -> jax.Array:
         """Returns the weight in the compute dtype, gathered for use (vectors and routers stay in float32).
 
         With `gather` False it comes as it is stored: in float32, each device with its part. With `cast` False it is in
-        the dtype in which its gradient shall be summed over devices. With lora_rank a matrix has an adapter, which is
+        the dtype in which its gradient shall be summed over devices. The multiplier is one on its first values and its
+        learning rate. With lora_rank a matrix has an adapter, which is
         added to it where and as it is stored: each device makes its part, and no token is multiplied by more.
         """
 
@@ -80,8 +84,10 @@ class Module(nn.Module):
             name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int, init: str
         ) -> jax.Array:
             # `init` runs under eval_shape alone: values come from sharding-aware initialisation (see transformer.py).
-            deviation, zeros = self.config.initializer_range, functools.partial(jnp.zeros, shape, jnp.float32)
-            return self.param(name, lambda _: Declared(zeros(), axes, inputs, init, deviation, role))  # type: ignore[return-value]
+            size, adamw = by_width(shape, axes, inputs, self.config.base_width)
+            scale = size * multiplier * (self.config.initializer_range if init == 'normal' else 1.0)
+            rates, zeros = (adamw * multiplier, size * multiplier), functools.partial(jnp.zeros, shape, jnp.float32)
+            return self.param(name, lambda _: Declared(zeros(), axes, inputs, init, scale, role, rates))  # type: ignore[return-value]
 
         value, rank = parameter(name, shape, axes, inputs, init), self.config.lora_rank
         if role == 'matrix' and rank:
@@ -96,10 +102,38 @@ class Module(nn.Module):
             return value
         return gathered(value.astype(dtype if cast else self.config.gradient_dtype), axes)
 
-    def norm(self, name: str, x: jax.Array, epsilon: float | None = None) -> jax.Array:
+    def norm(self, name: str, x: jax.Array, epsilon: float | None = None, multiplier: float = 1.0) -> jax.Array:
         """Root-mean-square norm over the last axis, in float32, with a learned scale; rms_norm_eps if no epsilon."""
-        scale = self.weight(name, x.shape[-1:], (None,), inputs=0, init='ones', role='vector')
+        shape, axes = x.shape[-1:], (None,)
+        scale = self.weight(name, shape, axes, inputs=0, init='ones', role='vector', multiplier=multiplier)
         return rms_norm(x, scale, self.config.rms_norm_eps if epsilon is None else epsilon)
+
+
+def by_width(shape: tuple[int, ...], axes: Axes, inputs: int, base: int) -> tuple[float, float]:
+    """How first values and learning rates change with a weight's sizes, so that what suits a narrow model suits a wide
+    one: factors on initializer_range and on Muon's rate (one number), and on AdamW's.
+
+    A matrix and each of its updates shall have a spectral norm that goes with sqrt(outputs / inputs): then activations,
+    and their changes in a step, have one size at every width (Yang, Simon and Bernstein 2023, condition 1).
+    - Independent normal values of deviation s have the norm s (sqrt(inputs) + sqrt(outputs)), and Muon's update, all
+      of whose singular values are alike and whose root mean square is 0.2, the norm 0.2 sqrt(max(inputs, outputs)):
+      both are multiplied by sqrt(base / inputs min(1, outputs / inputs)).
+    - AdamW's update has entries near one and few directions, and a norm of sqrt(inputs outputs): base / inputs.
+
+    That is the maximal update parametrization (Yang et al. 2022, "Tensor Programs V", table 3): routers, whose outputs
+    are few, follow from it as well. Weights without inputs (embeddings, which are heads too, norms, biases) keep both
+    factors at 1; the multiplier that heads need, base / hidden_size, is in the scale of the norm before them
+    (`ModelConfig.head_multiplier`), where a tied embedding has its full size and no head has to know of it.
+
+    Args:
+        shape, axes, inputs: as of `Module.weight`.
+        base: inputs at which nothing changes for a square matrix; 0 for factors of 1.
+    """
+    own = [size for size, axis in zip(shape, axes, strict=True) if axis not in STACKED]
+    if not base or not inputs:
+        return 1.0, 1.0
+    into, out = math.prod(own[:inputs]), math.prod(own[inputs:])
+    return math.sqrt(base / into * min(1.0, out / into)), base / into
 
 
 def looked_up(table: jax.Array, tokens: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:

@@ -76,7 +76,7 @@ class MultiTokenModule(Module):
         segments = jnp.where(last == segments, segments, 0)
         block = nn.remat(Block, policy=_policy(c.remat)) if c.remat != 'none' else Block
         x, (_, statistics) = block(c, experts=c.is_moe, name='block')(x, None, None, positions, segments, None)
-        return self.norm('norm', x), statistics
+        return self.norm('norm', x, multiplier=c.head_multiplier), statistics
 
 
 class Transformer(Module):
@@ -106,7 +106,7 @@ class Transformer(Module):
             x, entries, statistics = self.whole(embedded, expert_ids, positions, segments)
         else:
             x, entries, statistics = self.in_parts(embedded, cache, positions, segments, valid)
-        hidden = self.norm('norm', x)
+        hidden = self.norm('norm', x, multiplier=c.head_multiplier)
         value = None
         if c.value_head:
             value = self.weight('value_head', (c.hidden_size,), (None,), inputs=0, init='zeros', role='vector')
@@ -321,9 +321,9 @@ class Model:
             if not is_declared(x) or x.init == 'zeros':
                 return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
             if x.init == 'ones':
-                return jnp.ones(shape.shape, shape.dtype, device=shape.sharding)
+                return jnp.full(shape.shape, x.scale, shape.dtype, device=shape.sharding)
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(jax.tree_util.keystr(path).encode()))
-            return _normal(key, shape.shape, x.deviation, shape.sharding)
+            return _normal(key, shape.shape, x.scale, shape.sharding)
 
         return jax.tree_util.tree_map_with_path(leaf, self.declared, self.shapes(mesh), is_leaf=is_declared)
 

@@ -58,6 +58,11 @@ def make_optimizer(config: Mapping[str, Any], declared: Any) -> optax.GradientTr
     AdamW's (0.2 sqrt(max(inputs, outputs)); Liu et al. 2025, equation 4), so that one learning rate serves both;
     embeddings, heads, routers and vectors are left to AdamW. Only matrices and embeddings decay.
 
+    With `model.base_width` the update of each weight is multiplied by what its sizes ask for (`model.layers.by_width`),
+    with either optimizer, so that a learning rate found on a narrow model holds on a wide one. Decay is not: how much
+    of a weight a step takes away is then one number at all widths (Wang and Aitchison 2024). Widen by more
+    heads, not by wider ones, as 1 / sqrt(head width) stays in the softmax.
+
     Args:
         config: fields `name`, `beta1`, `beta2`, `epsilon`, `muon_beta`, `weight_decay`, `clip`.
         declared: the parameters as `Declared` weights.
@@ -78,5 +83,14 @@ def make_optimizer(config: Mapping[str, Any], declared: Any) -> optax.GradientTr
         update = optax.partition({'muon': muon, 'adamw': update}, names)
     elif config['name'] != 'adamw':
         raise InputError(f'optimizer.name is {config["name"]!r}: expected adamw or muon')
+    muon_too = config['name'] == 'muon'
+    rates = jax.tree.map(lambda x: x.rates[muon_too and x.role == 'matrix'], declared, is_leaf=is_declared)
+    if any(rate != 1 for rate in jax.tree.leaves(rates)):
+
+        def scaled(update: jax.Array, weight: jax.Array, rate: float, decays: bool) -> jax.Array:
+            return rate * update - (1 - rate) * decay * weight if decays else rate * update
+
+        every = optax.stateless(lambda updates, weights: jax.tree.map(scaled, updates, weights, rates, decays))
+        update = optax.chain(update, every)
     clip = float(config['clip'])
     return optax.chain(optax.clip_by_global_norm(clip), update) if clip else update
