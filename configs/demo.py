@@ -77,6 +77,7 @@ def get_config(variant: str = '') -> ConfigDict:
         'batch_size': 8,
         'sequence_length': SHORT,
         'save_every': 160,
+        'keep_optimizer': False,  # the rate has come down before
         'evaluations': base_evaluations,
         'optimizer': {'learning_rate': 0.008},
     }
@@ -165,6 +166,7 @@ def _add_retrieval(config: ConfigDict) -> None:
         sequence_length=SHORT,
         save_every=140,
         mixture=recall,
+        keep_optimizer=False,
         evaluations=('bits_per_byte', 'retrieval_short'),
         optimizer={'learning_rate': 0.013},
     )
@@ -174,6 +176,7 @@ def _add_retrieval(config: ConfigDict) -> None:
     theta = config.model.rope_theta * (LONG / SHORT) ** (rotated / (rotated - 2))
     extend: dict[str, Any] = {
         'parent': 'recall',
+        'keep_optimizer': False,
         'steps': 60,
         'save_every': 60,
         'mixture': ((0.0, {'stdlib': 0.4, 'needle': 0.1, 'needle_long': 0.3, 'needle_long_one': 0.2}),),

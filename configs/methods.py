@@ -250,6 +250,7 @@ def _flywheel(config: ConfigDict) -> None:
                 config.sources[first] = {'type': 'stage', 'name': first}
                 mixture = {'easy': 0.5, first: 0.5}
             fields = {**shaped, 'parent': start, 'mixture': ((0.0, mixture),), 'optimizer': {'learning_rate': 0.005}}
+            fields |= {'keep_optimizer': False}  # the rate has come down before
             add_stage(config, f'mid_{arm}_{seed}', 'midtrain', steps=80, batch_size=16, **fields)
             add_stage(config, f'again_{arm}_{seed}', 'grpo', parent=f'mid_{arm}_{seed}', **turn)
 

@@ -53,7 +53,7 @@ def get_config(variant: str = '') -> ConfigDict:
     }
     rate = {'learning_rate': 4.2e-4, 'schedule': 'cosine', 'final': 0.1}
     add_large_stage(config, 'pretrain', 'pretrain', tokens=5.2e12, warmup=1000, optimizer=rate, **rows)
-    better: dict[str, Any] = {'parent': 'pretrain', 'optimizer': {'learning_rate': 1e-4}}
+    better: dict[str, Any] = {'parent': 'pretrain', 'keep_optimizer': False, 'optimizer': {'learning_rate': 1e-4}}
     add_large_stage(config, 'cooldown', 'midtrain', tokens=5e11, warmup=100, **better, **rows)
     if variant:
         config.topology = 'v5p:4x4x4'
@@ -61,6 +61,6 @@ def get_config(variant: str = '') -> ConfigDict:
         longer: dict[str, Any] = {'batch_size': 16, 'microbatches': 4, 'sequence_length': LONG}
         model = {'rope_factor': LONG / LENGTH, 'max_position_embeddings': LONG}
         rate = {'learning_rate': 1e-5}
-        end: dict[str, Any] = {'parent': 'cooldown', 'model': model, 'optimizer': rate, **rows, **longer}
+        end: dict[str, Any] = {**better, 'parent': 'cooldown', 'model': model, 'optimizer': rate, **rows, **longer}
         add_large_stage(config, 'long', 'midtrain', tokens=2e9, warmup=10, **end)
     return config

@@ -69,6 +69,17 @@ def test_documents_weigh_by_their_bytes(tmp_path: Path) -> None:
         compare(base, tuned)
 
 
+def test_a_merge_is_compared_with_its_parents_and_with_the_best_of_them(stages: Path) -> None:
+    """Against all of them it stands once beside each: the difference is that to their mean."""
+    parents, merged = [str(stages / name) for name in ('base_0', 'base_1', 'tuned_0')], str(stages / 'tuned_1')
+    said = compare(parents, [merged] * 3, 'hard')['hard']
+    each = [compare([parent], [merged], 'hard')['hard'] for parent in parents]
+    assert said['seeds'] == pytest.approx([one['difference'] for one in each]) and said['items'] == 40
+    assert said['difference'] == pytest.approx(np.mean(said['seeds']))
+    best = min(each, key=lambda one: one['difference'])
+    assert best['low'] < best['difference'] < best['high']
+
+
 def test_what_cannot_be_compared_is_named(stages: Path) -> None:
     one, other = str(stages / 'base_0'), str(stages / 'base_1')
     for message, call in [

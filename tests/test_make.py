@@ -408,9 +408,14 @@ def test_a_merge_is_the_mean_and_stages_go_on_from_it(trained: Path) -> None:
         add_merged(config)
         fields = {'steps': 1, 'batch_size': 2, 'sequence_length': 64, 'optimizer': {'name': 'adamw'}}
         add_stage(config, 'sft', 'sft', parent='merged', mixture=((0.0, {'arithmetic_chat': 1.0}),), **fields)
+        add_stage(config, 'more', 'midtrain', parent='merged', mixture=((0.0, {'arithmetic_chat': 1.0}),), **fields)
 
     run = Run(configured(settings), trained)
     run('sft')
+    with pytest.raises(InputError, match="more.keep_optimizer is True: expected False, as 'merged' has no optimizer"):
+        run('more')
+    with pytest.raises(InputError, match='no state of an optimizer in it: expected keep_optimizer = False'):
+        run.begin('more')  # as from a folder, of which nothing is known before
     shapes = run._model('pretrain').shapes(run.mesh)
     parts = [run._restore('pretrain', step, shapes)[0] for step in (2, 4, 6)]
     merged, metadata = run._restore('merged', None, shapes)

@@ -14,7 +14,7 @@ from model.transformer import Model, is_declared
 from train.learn.objectives import next_token
 from train.learn.optimizer import learning_rate, make_optimizer
 from train.learn.step import initial_state, make_step, trained
-from train.stages import COMMON
+from train.stages import COMMON, stage_defaults
 
 SETTINGS: dict[str, Any] = COMMON['optimizer']
 
@@ -45,6 +45,12 @@ def test_linear_goes_to_zero_and_constant_stays() -> None:
     assert rates(4, schedule='linear', warmup=0.0) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert rates(5, schedule='linear', warmup=0.2) == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert rates(4, schedule='constant', warmup=0.5) == [0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_midtraining_goes_on_at_full_rate_and_to_zero_with_the_moments_it_found() -> None:
+    stage = stage_defaults('midtrain')
+    assert stage['keep_optimizer'] and not stage_defaults('sft')['keep_optimizer']
+    assert rates(4, **{**stage['optimizer'], 'learning_rate': 1.0}) == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize(('field', 'value'), [('schedule', 'cosin'), ('name', 'adam')])

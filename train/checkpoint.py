@@ -336,6 +336,8 @@ def _check_shapes(folder: Path, wanted: dict[str, Any], stored: dict[str, dict[s
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
         }
         found = {path: text.rsplit(' ', 1)[0] for path, text in stored.get(name, {}).items()}
+        if name == 'optimizer' and expected and not found:
+            raise InputError(f'{folder}: no state of an optimizer in it: expected keep_optimizer = False')
         for path in sorted(expected if part else expected.keys() | found.keys()):
             if expected.get(path) != found.get(path):
                 have, want = found.get(path, 'nothing'), expected.get(path, 'nothing')

@@ -218,8 +218,18 @@ _JUDGES: dict[str, Any] = {
 
 KINDS: dict[str, Kind] = {
     'pretrain': Kind(_MIXTURE),
-    # Learning rate to zero without a new warmup (Hu et al. 2024, section 4; OLMo 2, section 4).
-    'midtrain': Kind({**_MIXTURE, 'optimizer': {'schedule': 'linear', 'warmup': 0.0}}),
+    'midtrain': Kind(
+        {
+            **_MIXTURE,
+            # A branch of a run at a constant rate, which goes on with its moments and its rate (Hu et al. 2024, section
+            # 4; Hagele et al. 2024). Behind a run whose rate has come down, or weights alone, say False.
+            'keep_optimizer': True,
+            'optimizer': {
+                'schedule': 'linear',  # to zero (OLMo 2, section 4; Bergsma et al. 2025, "Straight to zero")
+                'warmup': 0.0,  # a new one is for runs whose rate has come down (Ibrahim et al. 2024)
+            },
+        }  # the stream is the stage's own: its seed and name decide the order (OLMo 2, section 4)
+    ),
     'sft': Kind(
         {**_TUNING, 'weighting': 'token'},  # or 'example': every record counts the same, however long
         lambda _: next_token(),

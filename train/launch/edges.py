@@ -114,7 +114,7 @@ def check_edges(config: Config, name: str) -> None:
 
     Raises:
         InputError: checkpoints of a stage that has none, records of one that writes none, a step that is not saved,
-            or parents of other models than one another.
+            the optimizer of one that does not train, or parents of other models than one another.
     """
     stage, stages = config['stages'][name], config['stages']
     for needed in records_needed(stage, config['sources']):
@@ -128,6 +128,9 @@ def check_edges(config: Config, name: str) -> None:
             raise InputError(f'stages.{name} needs a checkpoint of {needed!r}, which makes records instead')
         if step is not None and step not in saved_steps(stages[needed]):
             raise InputError(f'stages.{name} needs {address!r}: {needed} saves steps {saved_steps(stages[needed])}')
+    parent = split_address(stage.get('parent', ''))[0]
+    if stage.get('keep_optimizer') and parent in stages and not get_kind(stages[parent]['kind']).trains:
+        raise InputError(f'stages.{name}.keep_optimizer is True: expected False, as {parent!r} has no optimizer')
     several = stage.get('parents', ())
     models = [stage_model(config, split_address(address)[0]).to_dict() for address in several]
     for address, model in zip(several, models, strict=True):
