@@ -5,10 +5,13 @@ python -m train.sweep --config=configs/midtraining.py:decay --workdir=runs/decay
 python -m train.sweep --config=configs/midtraining.py:value --workdir=runs/value
 python -m train --config=configs/midtraining.py:merge --workdir=runs/merge
 python -m train.sweep --config=configs/midtraining.py:extend --workdir=runs/extend
+python -m train --config=configs/midtraining.py:staged --workdir=runs/staged
 python -m train.sweep --config=configs/midtraining.py:few --workdir=runs/few
 python -m train.sweep --config=configs/midtraining.py:placement --workdir=runs/placement
 python -m train.sweep --config=configs/midtraining.py:mixture --workdir=runs/mixture
 python -m train.mixtures runs/mixture --stage=anneal --evaluations=prose,problems,sums
+python -m train --config=configs/midtraining.py:handover --workdir=runs/handover
+python -m train.handover runs/handover/control_0,... runs/handover/mid_0,...
 
   decay      the last 2.5, 5, 10 or 20% of the trunk's steps taken with the learning rate going to zero instead
   value      a source valued by a short anneal on 30% of it (Blakeney et al. 2024; OLMo 2, section 4.4, "microanneal"):
@@ -16,9 +19,13 @@ python -m train.mixtures runs/mixture --stage=anneal --evaluations=prose,problem
   merge      three anneals that differ in the order of the data, and their average; three times
   extend     four times the context in 12 steps of 4,096 tokens, 4.8% of the trunk's: positions as they were, with a
              larger base (bloc97 2023, "NTK-aware"), or YaRN (Peng et al. 2023)
+  staged     the context doubled again and again, from retrieval learnt at the short one; the next doubling begins when
+             retrieval is solved at this length and short prose is within 2% of what it was
   few        50 steps on 32 worked problems, on 960 of which a quarter of the words are spoilt, or on 960 good ones
   placement  a tenth of a run on word problems, or on random letters: first, all along, or last
   mixture    24 short anneals on mixtures of prose, word problems, sums and random letters: which would be best?
+  handover   the last fifth of the trunk's steps on prose and sums in one step, or with longer sums worked out as well:
+             what else changes, and from which does the same short reinforcement learning gain more?
 """
 
 from __future__ import annotations
@@ -28,19 +35,27 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import SEEDS, add_stage, small
+from configs.base import ADAM, SEEDS, add_stage, small
 from train.mixtures import swarm
 
 STEPS = 1000  # of the trunk
 TRUNK = 'runs/trunk/trunk'
 DECAYS = (0.025, 0.05, 0.1, 0.2)
 SPOILT = (0.0, 0.25, 0.5, 0.75)
-VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement', 'mixture')
+VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement', 'mixture', 'staged', 'handover')
 CONTEXT, LONG = 128, 512
 BASE = 500.0  # of the rotary embedding
+
+
+def rotary_base(length: int) -> float:
+    """The base of the rotary embedding for a longer context; 16 dimensions are rotated."""
+    return BASE * (length / CONTEXT) ** (16 / 14)
+
+
+LENGTHS = (128, 256, 512, 1024)  # any number of them
 EXTENSIONS: dict[str, dict[str, float]] = {
     'unchanged': {},
-    'larger base': {'rope_theta': BASE * (LONG / CONTEXT) ** (16 / 14)},  # 16 dimensions are rotated
+    'larger base': {'rope_theta': rotary_base(LONG)},
     'YaRN': {'rope_factor': LONG / CONTEXT},
 }
 MIXTURE, ARMS = {'text': 0.55, 'stories': 0.15, 'sums': 0.15, 'letters': 0.15}, 24
@@ -79,38 +94,93 @@ def get_config(variant: str = '') -> ConfigDict:
         'mixture': ((0.0, {'text': 1.0}),),
         'optimizer': {'learning_rate': 0.01},
     }
-    anneal = {**common, 'keep_optimizer': True}
     if variant == '':
         constant = {**common, 'optimizer': {'learning_rate': 0.01, 'schedule': 'constant'}}
         add_stage(config, 'trunk', 'pretrain', steps=STEPS, save_every=25, keep=STEPS, **constant)
     elif variant == 'decay':
-        add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@900', steps=100, **anneal)
+        add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@900', steps=100, **common)
     elif variant == 'value':
-        add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@950', steps=50, **anneal)
+        add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@950', steps=50, **common)
     elif variant == 'merge':
         for group in SEEDS:
             names = [f'anneal_{group}{i}' for i in range(3)]
             for i, name in enumerate(names):
-                add_stage(config, name, 'midtrain', parent=f'{TRUNK}@900', steps=100, seed=3 * group + i, **anneal)
+                add_stage(config, name, 'midtrain', parent=f'{TRUNK}@900', steps=100, seed=3 * group + i, **common)
             add_stage(config, f'merged_{group}', 'merge', parents=names, evaluations=common['evaluations'])
     elif variant == 'extend':
         model: dict[str, Any] = {'max_position_embeddings': LONG, 'rope_theta': BASE, 'rope_factor': 1.0}
         longer: dict[str, Any] = {'sequence_length': LONG, 'evaluations': ('prose', 'long'), 'model': model}
         config.evaluations.long = {**config.evaluations.prose, 'length': LONG}
-        add_stage(config, 'extend', 'midtrain', parent=TRUNK, steps=12, **{**anneal, **longer})
+        add_stage(config, 'extend', 'midtrain', parent=TRUNK, steps=12, **{**common, **longer})
     elif variant == 'mixture':
         sums = {'type': 'task', 'name': 'arithmetic', 'operations': (1, 2), 'max_value': 10, 'format': 'text'}
         config.sources.sums = sums
         config.evaluations.sums = {**config.evaluations.problems, 'source': {**sums, 'split': 'heldout'}}
-        judged = {**anneal, 'evaluations': tuple(config.evaluations)}
+        judged = {**common, 'evaluations': tuple(config.evaluations)}
         add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@950', steps=50, **judged)
+    elif variant == 'staged':
+        _staged(config, common)
+    elif variant == 'handover':
+        _handover(config, common)
     elif variant == 'few':
         config.sources.candidate.source = {**stories, 'records': MANY}
         mixture = ((0.0, {'candidate': 1.0}),)
-        add_stage(config, 'tune', 'midtrain', parent=TRUNK, steps=50, **{**anneal, 'mixture': mixture})
+        add_stage(config, 'tune', 'midtrain', parent=TRUNK, steps=50, **{**common, 'mixture': mixture})
     else:
         add_stage(config, 'run', 'pretrain', steps=SHORT, save_every=SHORT, **common)
     return config
+
+
+def _staged(config: ConfigDict, common: dict[str, Any]) -> None:
+    config.sources.repeats = {'type': 'repeats', 'words': (2, 5)}
+    parent = TRUNK
+    for length in LENGTHS:
+        lines = (length // 8, length // 6)  # of four tokens or so
+        tasks: dict[str, dict[str, Any]] = {
+            'needle': {'name': 'needle', 'pairs': lines},
+            'needles': {'name': 'needle', 'pairs': lines, 'questions': 4},
+            'variables': {'name': 'variables', 'chains': (length // 32, length // 24), 'hops': 3},
+            'common_words': {'name': 'common_words', 'others': lines},
+        }
+        for name, task in tasks.items():
+            config.sources[f'{name}_{length}'] = {'type': 'task', 'format': 'completion', **task}
+            asked = {'type': 'task', 'format': 'text', 'items': 64, 'max_tokens': 24}
+            config.evaluations[f'{name}_{length}'] = {**asked, 'task': task}
+        own = [f'{name}_{length}' for name in tasks]
+        mixture: tuple[Any, ...] = ((0.0, {'text': 0.6, **dict.fromkeys(own, 0.1)}),)
+        first = length == LENGTHS[0]
+        gate: dict[str, Any] = {}
+        if first:  # looking things up forms on short repeats alone, or hardly at all
+            mixture = ((0.0, {'repeats': 1.0}), (0.25, mixture[0][1]))
+        else:
+            before = config.stages[parent].sequence_length
+            gate = {f'needle_{before}': {'least': 0.9}, 'prose': {'most': 1.02, 'times': f'length_{LENGTHS[0]}'}}
+        fields = {'sequence_length': length, 'batch_size': max(1, 8 * CONTEXT // length), 'mixture': mixture}
+        fields |= {'evaluations': ('prose', *own), 'steps': 600 if first else 60, 'gate': gate}
+        model = {'max_position_embeddings': length, 'rope_theta': rotary_base(length)}
+        add_stage(config, f'length_{length}', 'midtrain', parent=parent, model=model, **{**common, **fields})
+        parent = f'length_{length}'
+
+
+def _handover(config: ConfigDict, common: dict[str, Any]) -> None:
+    sums: dict[str, Any] = {'name': 'arithmetic', 'operations': 2, 'digits': 1, 'max_value': 10, 'worked': True}
+    judged: dict[str, Any] = {'type': 'task', 'items': 256, 'samples': 4, 'temperature': 1.0, 'max_tokens': 32}
+    config.sources.update(
+        asked={'type': 'task', 'format': 'chat', **sums, 'operations': 1}, worked={'type': 'task', **sums}
+    )
+    config.evaluations.update(short={**judged, 'task': {**sums, 'operations': 1}}, long={**judged, 'task': sums})
+    for seed in SEEDS:
+        for arm, mixture in (
+            ('control', {'text': 0.7, 'asked': 0.3}),
+            ('mid', {'text': 0.4, 'asked': 0.3, 'worked': 0.3}),
+        ):
+            fields = {**common, 'mixture': ((0.0, mixture),), 'evaluations': tuple(config.evaluations)}
+            add_stage(config, f'{arm}_{seed}', 'midtrain', parent=f'{TRUNK}@800', steps=200, seed=seed, **fields)
+            probe: dict[str, Any] = {'task': sums, 'prompts': 16, 'samples': 8, 'temperature': 1.2, 'max_tokens': 32}
+            probe |= {'batch_size': 128, 'microbatches': 4, 'sequence_length': 128, 'evaluations': ('short', 'long')}
+            rate = {**ADAM, 'learning_rate': 0.0006}
+            probe |= {'parent': f'{arm}_{seed}', 'steps': 40, 'optimizer': rate, 'seed': seed}
+            add_stage(config, f'probe_{arm}_{seed}', 'grpo', **probe)
 
 
 def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None:

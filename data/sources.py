@@ -18,7 +18,8 @@ from data.files import ArrayRecordSource, JsonLinesSource, ParquetSource, Record
 from data.mixture import as_dict
 from data.noise import Noisy
 from data.recast import Composed, FillInTheMiddle
-from data.tasks import Comparable, Criticizable, Prompt, Proposable, get_task
+from data.rewriting import TEMPLATES
+from data.tasks import Comparable, Criticizable, Prompt, Proposable, Task, get_task
 from data.words import WORDS
 
 # A procedural task never runs out: any index below this is a problem.
@@ -51,6 +52,11 @@ def _revision(task: Criticizable, prompt: Prompt, index: int) -> Record:
     return _chat(fill(REVISION_TEMPLATE, **fields, critique=critique), revision)
 
 
+def _instruction(_: Task, p: Prompt, __: int) -> Record:
+    """What template 'instruction' asks of a model that is shown the answer, and the problem as its reply."""
+    return _chat(TEMPLATES['instruction'].format(text=p.reference), p.text)
+
+
 def _pair(task: Comparable, prompt: Prompt, _: int) -> Record:
     return dict(zip(('prompt', 'chosen', 'rejected'), (prompt.text, *task.pair(prompt)), strict=True))
 
@@ -64,13 +70,15 @@ FORMATS: dict[str, tuple[type, str, Callable[[Any, Prompt, int], Record]]] = {
     'proposal': (Proposable, 'takes proposals', lambda task, p, i: _chat(task.invitation, task.proposal(p))),
     'pair': (Comparable, 'has pairs of answers', _pair),
     'revision': (Criticizable, 'has criticism', _revision),
+    'instruction': (object, '', _instruction),
 }
 
 
 class TaskSource:
     """The problems of a procedural task with their reference answers: as text, as text whose answer alone is learnt
     ('completion'), or as chats; as answers themselves, to whoever asks for a problem ('proposal'); with a better and a
-    worse answer ('pair'); or an answer's critique and, every second time, its revision ('revision')."""
+    worse answer ('pair'); an answer's critique and, every second time, its revision ('revision'); or the problem, to
+    whoever is shown its answer ('instruction')."""
 
     def __init__(self, name: str, split: str = 'train', format: str = 'text', records: int = 0, **options: Any):
         """`records`: the first so many problems, again and again; 0: new ones without end. `options` go to the task.
@@ -143,7 +151,7 @@ def open_source(spec: Any) -> Source:
 
       stdlib                        split, piece (characters a record; 0: whole files)
       stdlib_instructions           split
-      task                          name, split, format (text, completion, chat or proposal), records (how many
+      task                          name, split, format (of FORMATS), records (how many
                                     problems; 0: without end), and the task's own options
       repeats                       words, strings
       noisy                         source (another such mapping), kind (shuffled, random or repeated), share

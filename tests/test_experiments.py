@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small import one_device
+from text import small_tokenizer
 
-from configs import ablations, methods, midtraining, spikes, steering
+from configs import ablations, methods, midtraining, spikes, steering, synthesis
+from data.committee import question
 from data.constitution import read_principles
+from data.rewriting import template_of
+from data.sources import open_source
 from data.tasks.errands import Errands
 from model.config import ModelConfig
 from model.transformer import Model
+from train.checkpoint import write_json
+from train.launch import graph
 from train.launch.edges import differences, needed_for, order
 from train.launch.graph import Run
 from train.sweep import arms, declared
 
-FILES = (methods, steering)
+FILES = (methods, steering, synthesis)
 
 
 CHAINS = [
@@ -42,6 +51,30 @@ def test_a_coin_replaces_the_reward_and_nothing_else(variant: str) -> None:
     for seed in (0, 1, 2):
         assert differences(stages[f'grpo_{seed}'], stages[f'random_{seed}'], '') == [['.reward', 'verifier', 'random']]
         assert needed_for({'stages': stages, 'sources': {}}, f'random_{seed}') == [f'start_{seed}', f'random_{seed}']
+
+
+def test_records_differ_in_how_they_were_chosen_and_students_in_the_records() -> None:
+    config = synthesis.get_config('backtranslation').to_dict()
+    stages, judge = config['stages'], {'type': 'likelihood', 'model': 'judge', 'threshold': -0.3}
+    for seed in (0, 1, 2):
+        change = differences(stages[f'uncurated_records_{seed}'], stages[f'curated_records_{seed}'], '')
+        assert change == [['.judges.fits', None, judge], ['.models.judge', None, f'start_{seed}']]
+        for arm in ('uncurated', 'curated'):
+            ((path, _, mixture),) = differences(stages[f'pairs_{seed}'], stages[f'{arm}_{seed}'], '')
+            assert path == '.mixture' and {*mixture[0][1]} == {'pairs', f'{arm}_{seed}'}
+    pairs, backwards = (open_source(config['sources'][name]) for name in ('pairs', 'backwards'))
+    for one, other in ((pairs[i]['messages'], backwards[i]['messages']) for i in (0, 100)):
+        assert len(pairs) == len(backwards) and one[0]['content'] == other[1]['content']
+        asked = question(template_of('instruction'), text=one[1]['content'])
+        assert other == [*asked, {'role': 'assistant', 'content': one[0]['content']}]
+
+
+def test_a_judge_that_takes_all_replaces_one_that_chooses_and_nothing_else() -> None:
+    stages = synthesis.get_config('judge').to_dict()['stages']
+    for seed in (0, 1, 2):
+        change = differences(stages[f'all_records_{seed}'], stages[f'kept_records_{seed}'], '')
+        assert change == [['.judges.judge.threshold', -1000.0, 0.0]]
+        assert [x[0] for x in differences(stages[f'all_{seed}'], stages[f'kept_{seed}'], '')] == ['.mixture']
 
 
 def test_an_unknown_experiment_is_named() -> None:
@@ -81,6 +114,47 @@ def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_p
         if not arm.config['stages'][name]['parent']:
             run = Run(arm.config, tmp_path / arm.name)
             run._check(name)
+
+
+@pytest.mark.parametrize('variant', ['staged', 'handover'])
+def test_what_comes_from_the_trunk_can_be_built(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = tmp_path / 'trunk' / 'trunk'
+    (trunk / 'checkpoints').mkdir(parents=True)
+    small_tokenizer().save(tmp_path / 'trunk' / 'tokenizer')
+    model = {**midtraining.get_config().model.to_dict(), 'vocab_size': 1024}
+    write_json(trunk / 'config.json', {'model': model, 'tokenizer': small_tokenizer().fingerprint})
+    monkeypatch.setattr(midtraining, 'TRUNK', str(trunk))
+    monkeypatch.setattr(graph, 'make_mesh', lambda _: one_device())
+    run = Run(midtraining.get_config(variant).to_dict(), tmp_path / 'run')
+    for name in run.order:
+        if name[-1] not in '12' or variant == 'staged':
+            run._check(name)
+
+
+def test_a_doubling_waits_for_retrieval_at_the_length_before_and_for_short_prose() -> None:
+    stages = midtraining.get_config('staged').to_dict()['stages']
+    lengths, tokens = [128, 256, 512, 1024], ('sequence_length', 'batch_size')
+    assert {math.prod(stages[f'length_{n}'][field] for field in tokens) for n in lengths} == {1024}
+    for before, after in itertools.pairwise(lengths):
+        stage = stages[f'length_{after}']
+        short = {'most': 1.02, 'times': 'length_128'}
+        assert stage['parent'] == f'length_{before}'
+        assert stage['gate'] == {f'needle_{before}': {'least': 0.9}, 'prose': short}
+        assert {x.rsplit('_', 1)[0] for x in stage['evaluations']} == {
+            'prose',
+            'needle',
+            'needles',
+            'variables',
+            'common_words',
+        }
+
+
+def test_a_handover_differs_in_the_mixture_and_its_probes_in_their_parent() -> None:
+    stages = midtraining.get_config('handover').to_dict()['stages']
+    for seed in (0, 1, 2):
+        assert [x[0] for x in differences(stages[f'control_{seed}'], stages[f'mid_{seed}'], '')] == ['.mixture']
+        change = differences(stages[f'probe_control_{seed}'], stages[f'probe_mid_{seed}'], '')
+        assert change == [['.parent', f'control_{seed}', f'mid_{seed}']]
 
 
 def test_anneals_end_where_the_trunk_does_and_start_where_it_saved() -> None:
