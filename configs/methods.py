@@ -133,7 +133,7 @@ def _proof(config: ConfigDict) -> None:
         length=96,
         answer=40,
         start={'steps': 600, 'batch_size': 24, 'optimizer': {'learning_rate': 0.01}},
-        rl={'steps': 150},
+        rl={'steps': 300, 'temperature': 1.2},
     )
 
 
