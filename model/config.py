@@ -60,7 +60,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     # The number of inputs at which initializer_range and learning rates hold as they are; matrices with others, and the
-    # head, have theirs scaled for what suits one width to suit all (see `model.layers.by_width`). 0: nothing is scaled.
+    # head, have theirs scaled for what suits one width to suit all (see `model.layers.by_width`), in a model that has
+    # it from its first stage on. 0: nothing is scaled.
     base_width: int = 0
     tie_word_embeddings: bool = False
     value_head: bool = False  # one more number a token, for reward models and critics
