@@ -103,7 +103,7 @@ def _check(points: Sequence[Point]) -> None:
 class Sparse(NamedTuple):
     """log L(N, B) = a log N + b log B + c log N log B + d, of N active parameters and N B in all, after one number of
     tokens: what experts add at equal compute, and that they add less to large models where c > 0 (Clark et al. 2022,
-    equation 1, of the ratio of parameters instead of the number of experts, and without its saturation)."""
+    section 4, of the ratio of parameters instead of the number of experts, and without its saturation)."""
 
     a: float
     b: float
