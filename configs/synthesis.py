@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from configs.base import ADAM, SEEDS, add_stage, small
 
 SUMS: dict[str, Any] = {'name': 'arithmetic', 'digits': 1, 'worked': True}
+PAIRS = 512  # questions with answers
 
 
 def get_config(variant: str = '') -> ConfigDict:
@@ -39,8 +40,8 @@ def _backtranslation(config: ConfigDict) -> None:
         shaped |= {'evaluations': tuple(config.evaluations), 'weighting': 'example'}
         taught = ((0.0, {'pairs': 0.4, 'backwards': 0.6}),)
         add_stage(config, start, 'sft', steps=200, mixture=taught, optimizer={'learning_rate': 0.01}, **shaped)
-        asked: dict[str, Any] = {'seed': seed, 'source': 'answers', 'prompts': 6144, 'block': 512, 'samples': 1}
-        asked |= {'template': 'instruction', 'into': 'question', 'max_tokens': 24, 'temperature': 0.5}
+        asked: dict[str, Any] = {'seed': seed, 'source': 'answers', 'prompts': 4096, 'block': 512, 'samples': 1}
+        asked |= {'template': 'instruction', 'into': 'question', 'max_tokens': 24}
         fits = {'fits': {'type': 'likelihood', 'model': 'judge', 'threshold': -0.3}}
         for arm, judges in (('pairs', None), ('uncurated', {}), ('curated', fits)):
             mixture = {'pairs': 1.0}
@@ -49,17 +50,17 @@ def _backtranslation(config: ConfigDict) -> None:
                 add_stage(config, f'{arm}_records_{seed}', 'rewrite', models=models, judges=judges, **asked)
                 config.sources[f'{arm}_{seed}'] = {'type': 'stage', 'name': f'{arm}_records_{seed}'}
                 mixture = {'pairs': 0.3, f'{arm}_{seed}': 0.7}
-            tuned: dict[str, Any] = {'parent': start, 'steps': 100, 'optimizer': {'learning_rate': 0.005}}
+            tuned: dict[str, Any] = {'parent': start, 'steps': 120, 'optimizer': {'learning_rate': 0.005}}
             add_stage(config, f'{arm}_{seed}', 'sft', mixture=((0.0, mixture),), **tuned, **shaped)
 
 
 def _judge(config: ConfigDict) -> None:
     """A reward model that was told of some attempts which are right filters those at other problems (Cobbe et al. 2021,
     section 4.2): does a model learn more from them than from all attempts?"""
-    hard: dict[str, Any] = {**SUMS, 'operations': (4, 5), 'max_value': 10}
+    hard: dict[str, Any] = {**SUMS, 'operations': (3, 4), 'max_value': 10}
     config.tokenizer.update(sources=('easy',), vocab_size=288)
     config.sources.update(
-        easy={'type': 'task', 'format': 'chat', **hard, 'operations': (1, 3)},
+        easy={'type': 'task', 'format': 'chat', **hard, 'operations': (1, 2)},
         hard={'type': 'task', 'format': 'chat', **hard},
     )
     judged: dict[str, Any] = {'type': 'task', 'task': hard, 'items': 512, 'max_tokens': 48}
@@ -68,27 +69,25 @@ def _judge(config: ConfigDict) -> None:
         start, judge = f'start_{seed}', f'judge_{seed}'
         shaped: dict[str, Any] = {'seed': seed, 'sequence_length': 128, 'batch_size': 16}
         tuned: dict[str, Any] = {**shaped, 'evaluations': tuple(config.evaluations)}
-        taught = ((0.0, {'easy': 0.7, 'hard': 0.3}),)
+        taught = ((0.0, {'easy': 0.6, 'hard': 0.4}),)
         add_stage(config, start, 'sft', steps=200, mixture=taught, **tuned)
-        asked: dict[str, Any] = {'seed': seed, 'task': hard, 'block': 256, 'samples': 4, 'max_tokens': 48}
+        asked: dict[str, Any] = {'seed': seed, 'task': hard, 'block': 256, 'max_tokens': 48}
         right = {'right': {'type': 'verifier'}}
-        pairs: dict[str, Any] = {'models': {'generator': start}, 'judges': right, 'prompts': 1024}
+        pairs: dict[str, Any] = {'models': {'generator': start}, 'judges': right, 'prompts': 1024, 'samples': 4}
         add_stage(config, f'pairs_{seed}', 'label', **pairs, **asked)
         config.sources[f'pairs_{seed}'] = {'type': 'stage', 'name': f'pairs_{seed}'}
-        learnt: dict[str, Any] = {'parent': start, 'mixture': ((0.0, {f'pairs_{seed}': 1.0}),), 'records': 16}
-        add_stage(
-            config, judge, 'reward_model', steps=80, optimizer={**ADAM, 'learning_rate': 0.001}, **learnt, **shaped
-        )
+        learnt: dict[str, Any] = {'parent': start, 'steps': 80, 'mixture': ((0.0, {f'pairs_{seed}': 1.0}),)}
+        learnt |= {'records': 16, 'optimizer': {**ADAM, 'learning_rate': 0.001}}
+        add_stage(config, judge, 'reward_model', **learnt, **shaped)
         for arm, threshold in (('all', -1000.0), ('kept', 0.0)):
             # The verifier has no vote: it says in the report how often the judge is right.
             judges = {'judge': {'type': 'reward', 'model': 'judge', 'threshold': threshold}, **right}
             given: dict[str, Any] = {'models': {'generator': start, 'judge': judge}, 'judges': judges, 'truth': 'right'}
-            add_stage(config, f'{arm}_records_{seed}', 'attempts', prompts=768, **given, **asked)
+            add_stage(config, f'{arm}_records_{seed}', 'attempts', prompts=1536, samples=2, **given, **asked)
             config.sources[f'{arm}_{seed}'] = {'type': 'stage', 'name': f'{arm}_records_{seed}'}
             mixture = ((0.0, {f'{arm}_{seed}': 1.0}),)
-            rate = {'learning_rate': 0.005}
-            add_stage(config, f'{arm}_{seed}', 'sft', parent=start, steps=80, mixture=mixture, optimizer=rate, **tuned)
+            rate = {**ADAM, 'learning_rate': 0.0005}
+            add_stage(config, f'{arm}_{seed}', 'sft', parent=start, steps=60, mixture=mixture, optimizer=rate, **tuned)
 
 
-PAIRS = 512  # questions with answers
 VARIANTS = {'backtranslation': _backtranslation, 'judge': _judge}

@@ -104,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('base', help='DIR/STAGE, the control, or several with commas between them, one for each seed')
     parser.add_argument('tuned', help='as many, in the same order')
     options = parser.parse_args(arguments)
+    rows = handover(options.base.split(','), options.tuned.split(','))
     print('| | base | tuned | difference | |\n|---|---|---|---|---|')
-    for row in handover(options.base.split(','), options.tuned.split(',')):
+    for row in rows:
         change = f'{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]'
         print(f'| {row.what} | {row.base:.4f} | {row.tuned:.4f} | {change} | {row.verdict} |')
     return 0
