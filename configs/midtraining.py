@@ -135,12 +135,12 @@ def _staged(config: ConfigDict, common: dict[str, Any]) -> None:
     config.sources.repeats = {'type': 'repeats', 'words': (2, 5)}
     parent = TRUNK
     for length in LENGTHS:
-        lines = (length // 8, length // 6)  # of four tokens or so
+        lines = (length // 14, length // 11)  # of up to seven tokens
         tasks: dict[str, dict[str, Any]] = {
             'needle': {'name': 'needle', 'pairs': lines},
-            'needles': {'name': 'needle', 'pairs': lines, 'questions': 4},
-            'variables': {'name': 'variables', 'chains': (length // 32, length // 24), 'hops': 3},
-            'common_words': {'name': 'common_words', 'others': lines},
+            'needles': {'name': 'needle', 'pairs': lines, 'questions': 3},
+            'variables': {'name': 'variables', 'chains': (length // 48, length // 36), 'hops': 3},
+            'common_words': {'name': 'common_words', 'others': (length // 8, length // 5), 'often': 4, 'rarely': 1},
         }
         for name, task in tasks.items():
             config.sources[f'{name}_{length}'] = {'type': 'task', 'format': 'completion', **task}
