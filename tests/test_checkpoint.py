@@ -23,7 +23,7 @@ from train.learn.optimizer import make_optimizer
 from train.learn.step import State, initial_state
 from train.stages import COMMON
 
-STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25}}}
+STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25, 'sources': {}}}}
 METADATA = {'stage': 'pretrain', 'parent': '', 'tokens': 1234, 'flops': 5.0e9}
 # One number of each JSON item and another to stand in its place, with their names: Orbax writes times into files beside
 # them, which may hold any digits.
