@@ -14,7 +14,7 @@ import pytest
 
 from train.checkpoint import ARRAYS, Checkpoints
 
-STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25}}}
+STREAM = {'step': 3, 'rows': {'0': {'cursor': 17, 'credit': -0.25, 'sources': {}}}}
 METADATA = {'stage': 'pretrain', 'parent': '', 'tokens': 1234, 'flops': 5.0e9}
 
 
