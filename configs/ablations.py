@@ -20,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import SEEDS, add_stage, small
+from configs.base import SEEDS, add_stage, experiment, small
 from configs.methods import SUMS
 
 HEADS, HEAD = 4, 32
@@ -52,9 +52,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the ablation."""
-    if variant not in VARIANTS:
-        raise ValueError(f'configs/ablations.py:{variant}: expected one of {", ".join(VARIANTS)}')
-    config = small(f'ablations_{variant}', 512)
+    config = experiment('ablations', variant, VARIANTS)
     config.sources.text = {'type': 'stdlib', 'piece': 2000}
     config.tokenizer.update(sources=('text',), vocab_size=1024)
     held_out = {'type': 'stdlib', 'split': 'heldout'}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -61,6 +62,17 @@ def small(name: str, context: int) -> ConfigDict:
         initializer_range=0.05,
     )
     return config
+
+
+def experiment(file: str, variant: str, variants: Iterable[str], context: int = 512) -> ConfigDict:
+    """A `small` config for one of the experiments of a file in configs/.
+
+    Raises:
+        ValueError: no such variant.
+    """
+    if variant not in variants:
+        raise ValueError(f'configs/{file}.py:{variant}: expected one of {", ".join(variants)}')
+    return small(f'{file}_{variant}', context)
 
 
 def large(name: str, topology: str, vocabulary: int, expert: int = 1) -> ConfigDict:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import ADAM, SEEDS, add_stage, small
+from configs.base import ADAM, SEEDS, add_stage, experiment
 
 # Reinforcement learning on sums that are worked out line by line.
 SUMS: dict[str, Any] = {
@@ -22,9 +22,7 @@ SUMS: dict[str, Any] = {
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the experiment."""
-    if variant not in VARIANTS:
-        raise ValueError(f'configs/methods.py:{variant}: expected one of {", ".join(VARIANTS)}')
-    config = small(f'methods_{variant}', 512)
+    config = experiment('methods', variant, VARIANTS)
     VARIANTS[variant](config)
     return config
 

@@ -7,16 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import ADAM, SEEDS, add_stage, small
+from configs.base import ADAM, SEEDS, add_stage, experiment
 
 PRINCIPLES = 'configs/principles.txt'
 
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the experiment."""
-    if variant not in VARIANTS:
-        raise ValueError(f'configs/steering.py:{variant}: expected one of {", ".join(VARIANTS)}')
-    config = small(f'steering_{variant}', 512)
+    config = experiment('steering', variant, VARIANTS)
     VARIANTS[variant](config)
     return config
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import ADAM, SEEDS, add_stage, small
+from configs.base import ADAM, SEEDS, add_stage, experiment
 
 SUMS: dict[str, Any] = {'name': 'arithmetic', 'digits': 1, 'worked': True}
 PAIRS = 512  # questions with answers
@@ -15,9 +15,7 @@ PAIRS = 512  # questions with answers
 
 def get_config(variant: str = '') -> ConfigDict:
     """The config; `variant` names the experiment."""
-    if variant not in VARIANTS:
-        raise ValueError(f'configs/synthesis.py:{variant}: expected one of {", ".join(VARIANTS)}')
-    config = small(f'synthesis_{variant}', 256)
+    config = experiment('synthesis', variant, VARIANTS, context=256)
     VARIANTS[variant](config)
     return config
 
