@@ -64,6 +64,14 @@ def small(name: str, context: int) -> ConfigDict:
     return config
 
 
+def longer_base(base: float, times: float, rotated: int) -> float:
+    """The base of the rotary embedding for so many times the context (bloc97 2023, "NTK-aware" scaling).
+
+    Of `rotated` dimensions the slowest pair is slowed as many times, and the fastest left alone.
+    """
+    return float(base * times ** (rotated / (rotated - 2)))
+
+
 def experiment(file: str, variant: str, variants: Iterable[str], context: int = 512) -> ConfigDict:
     """A `small` config for one of the experiments of a file in configs/.
 

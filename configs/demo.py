@@ -1,6 +1,8 @@
 """The whole life of a small model on two CPU cores: pre-training, mid-training, fine-tuning, reinforcement learning.
 
 `configs/demo.py:study` adds, to the same workdir, the control arms and the seeds behind the tables of the README.
+`configs/demo.py:staged` adds the context doubled step by step: the next doubling begins when things are looked up at
+this length and short text is within 2% of what it was.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import ADAM, add_stage, small
+from configs.base import ADAM, add_stage, longer_base, small
 
 SHORT, LONG = 256, 1024  # context of pre-training, and four times that for the study of retrieval
+LENGTHS = (512, 1024)  # of `staged`
 
 # Difficulty, fixed here and nowhere else: what mid-training and fine-tuning show, and what reinforcement learning is
 # judged at: the longest of these, every step right. Few answers are possible, so the answer alone could be guessed.
@@ -24,9 +27,9 @@ TEXT: dict[str, Any] = {'type': 'task', 'format': 'text', 'max_tokens': 64}
 
 
 def get_config(variant: str = '') -> ConfigDict:
-    """The config; `variant` is '' or 'study'."""
-    if variant not in ('', 'study'):
-        raise ValueError(f'configs/demo.py:{variant}: expected no variant, or study')
+    """The config; `variant` is '', 'study' or 'staged'."""
+    if variant not in ('', 'study', 'staged'):
+        raise ValueError(f'configs/demo.py:{variant}: expected no variant, study or staged')
     config = small('demo', LONG)
     config.tokenizer.update(sources=('stdlib', 'arithmetic', 'story'), vocab_size=2048)
     config.model.update(kv_lora_rank=64, qk_nope_head_dim=32, original_max_position_embeddings=SHORT)
@@ -108,7 +111,12 @@ def get_config(variant: str = '') -> ConfigDict:
         'optimizer': {**ADAM, 'learning_rate': 0.0005},
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
-    if variant == 'study':
+    if variant == 'staged':
+        for name in ('midtrain', 'sft', 'grpo'):
+            del config.stages[name]
+        _add_retrieval(config)
+        _add_lengths(config)
+    elif variant == 'study':
         # How sharp is the fine-tuned model? Half the temperature lies between sampling and greedy.
         sft['evaluations'] = config.stages.sft.evaluations = ('chat_format', *judged, 'hard_half')
         # What would the same steps have bought on the pre-training mixture alone?
@@ -170,10 +178,7 @@ def _add_retrieval(config: ConfigDict) -> None:
         evaluations=('bits_per_byte', 'retrieval_short'),
         optimizer={'learning_rate': 0.013},
     )
-    # For s times the context of d rotated dimensions the base grows by s^(d / (d - 2)), which slows the slowest pair by
-    # s and leaves the fastest alone (bloc97 2023, "NTK-aware" scaling).
-    rotated = config.model.qk_rope_head_dim
-    theta = config.model.rope_theta * (LONG / SHORT) ** (rotated / (rotated - 2))
+    theta = longer_base(config.model.rope_theta, LONG / SHORT, config.model.qk_rope_head_dim)
     extend: dict[str, Any] = {
         'parent': 'recall',
         'keep_optimizer': False,
@@ -185,3 +190,42 @@ def _add_retrieval(config: ConfigDict) -> None:
     }
     add_stage(config, 'extend', 'midtrain', batch_size=4, sequence_length=LONG, model={'rope_theta': theta}, **extend)
     add_stage(config, 'extend_short', 'midtrain', batch_size=16, sequence_length=SHORT, **extend)
+
+
+def _add_lengths(config: ConfigDict) -> None:
+    """The context doubled again and again in as many tokens, each time behind a gate."""
+    parent, solved, model = 'recall', 'retrieval_short', config.model
+    del config.stages.extend, config.stages.extend_short
+    for length in LENGTHS:
+        pairs = (length // 10, length // 5)  # of some four tokens
+        tasks: dict[str, dict[str, Any]] = {
+            'needle': {'name': 'needle', 'pairs': pairs},
+            'needles': {'name': 'needle', 'pairs': pairs, 'questions': 3},
+            'variables': {'name': 'variables', 'chains': (length // 48, length // 36), 'hops': 3},
+            'common_words': {'name': 'common_words', 'others': (length // 8, length // 5), 'often': 4, 'rarely': 1},
+        }
+        for name, task in tasks.items():
+            config.sources[f'{name}_{length}'] = {'type': 'task', 'format': 'completion', **task}
+            config.evaluations[f'{name}_{length}'] = {**TEXT, 'task': task, 'items': 64, 'max_tokens': 24}
+        config.sources[f'many_{length}'] = {**config.sources[f'needle_{length}'], 'questions': 6}
+        own = dict.fromkeys((f'{name}_{length}' for name in tasks), 0.1)
+        fields: dict[str, Any] = {
+            'parent': parent,
+            'sequence_length': length,
+            'batch_size': 4096 // length,
+            'model': {'rope_theta': longer_base(model.rope_theta, length / SHORT, model.qk_rope_head_dim)},
+            'mixture': ((0.0, {'stdlib': 0.4, f'many_{length}': 0.2, **own}),),
+            'evaluations': ('bits_per_byte', 'retrieval_short', *own),
+            'gate': {solved: {'least': 0.8}, 'bits_per_byte': {'most': 1.02, 'times': 'recall'}},
+        }
+        add_stage(
+            config,
+            f'length_{length}',
+            'midtrain',
+            steps=60,
+            save_every=60,
+            keep_optimizer=False,
+            optimizer={'learning_rate': 0.005},
+            **fields,
+        )
+        parent, solved = f'length_{length}', f'needle_{length}'

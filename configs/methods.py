@@ -220,7 +220,7 @@ def _proposals(config: ConfigDict) -> None:
 
 def _flywheel(config: ConfigDict) -> None:
     """A turn of reinforcement learning, mid-training on what it wrote, a second turn: do its right answers help more
-    than all its answers, or than none?"""
+    than all its answers, than none, than more of what was taught, or than the second turn at once?"""
     sums: dict[str, Any] = {'name': 'arithmetic', 'digits': 1, 'max_value': 10, 'worked': True}
     hard: dict[str, Any] = {**sums, 'operations': (4, 5)}
     config.tokenizer.update(sources=('easy',), vocab_size=288)
@@ -235,18 +235,15 @@ def _flywheel(config: ConfigDict) -> None:
         taught = ((0.0, {'easy': 0.75, 'hard': 0.25}),)
         start = f'start_{seed}'
         add_stage(config, start, 'sft', steps=200, batch_size=16, mixture=taught, **shaped)
-        turn: dict[str, Any] = {
-            **shaped,
-            'task': hard,
-            'steps': 80,
-            **SUMS,
-        }
-        for arm in ('none', 'all', 'right'):
-            first, mixture = f'{arm}_{seed}', {'easy': 1.0}
-            if arm != 'none':
-                add_stage(config, first, 'grpo', parent=start, records=arm, **turn)
-                config.sources[first] = {'type': 'stage', 'name': first}
-                mixture = {'easy': 0.5, first: 0.5}
+        turn: dict[str, Any] = {**shaped, 'task': hard, 'steps': 80, **SUMS}
+        mixtures: dict[str, dict[str, float]] = {'none': {'easy': 1.0}, 'taught': taught[0][1]}
+        for arm in ('all', 'right'):
+            first = f'{arm}_{seed}'
+            add_stage(config, first, 'grpo', parent=start, records=arm, **turn)
+            config.sources[first] = {'type': 'stage', 'name': first}
+            mixtures[arm] = {'easy': 0.5, first: 0.5}
+        add_stage(config, f'longer_{seed}', 'grpo', parent=f'right_{seed}', **turn)
+        for arm, mixture in mixtures.items():
             fields = {**shaped, 'parent': start, 'mixture': ((0.0, mixture),), 'optimizer': {'learning_rate': 0.005}}
             fields |= {'keep_optimizer': False}  # the rate has come down before
             add_stage(config, f'mid_{arm}_{seed}', 'midtrain', steps=80, batch_size=16, **fields)

@@ -5,7 +5,6 @@ python -m train.sweep --config=configs/midtraining.py:decay --workdir=runs/decay
 python -m train.sweep --config=configs/midtraining.py:value --workdir=runs/value
 python -m train --config=configs/midtraining.py:merge --workdir=runs/merge
 python -m train.sweep --config=configs/midtraining.py:extend --workdir=runs/extend
-python -m train --config=configs/midtraining.py:staged --workdir=runs/staged
 python -m train.sweep --config=configs/midtraining.py:few --workdir=runs/few
 python -m train.sweep --config=configs/midtraining.py:placement --workdir=runs/placement
 python -m train.sweep --config=configs/midtraining.py:mixture --workdir=runs/mixture
@@ -19,8 +18,6 @@ python -m train.handover runs/handover/control_0,... runs/handover/mid_0,...
   merge      three anneals that differ in the order of the data, and their average; three times
   extend     four times the context in 12 steps of 4,096 tokens, 4.8% of the trunk's: positions as they were, with a
              larger base (bloc97 2023, "NTK-aware"), or YaRN (Peng et al. 2023)
-  staged     the context doubled again and again, from retrieval learnt at the short one; the next doubling begins when
-             retrieval is solved at this length and short prose is within 2% of what it was
   few        50 steps on 32 worked problems, on 960 of which a quarter of the words are spoilt, or on 960 good ones
   placement  a tenth of a run on word problems, or on random letters: first, all along, or last
   mixture    24 short anneals on mixtures of prose, word problems, sums and random letters: which would be best?
@@ -35,27 +32,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.base import ADAM, SEEDS, add_stage, small
+from configs.base import ADAM, SEEDS, add_stage, longer_base, small
 from train.mixtures import swarm
 
 STEPS = 1000  # of the trunk
 TRUNK = 'runs/trunk/trunk'
 DECAYS = (0.025, 0.05, 0.1, 0.2)
 SPOILT = (0.0, 0.25, 0.5, 0.75)
-VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement', 'mixture', 'staged', 'handover')
+VARIANTS = ('', 'decay', 'value', 'merge', 'extend', 'few', 'placement', 'mixture', 'handover')
 CONTEXT, LONG = 128, 512
 BASE = 500.0  # of the rotary embedding
 
 
-def rotary_base(length: int) -> float:
-    """The base of the rotary embedding for a longer context; 16 dimensions are rotated."""
-    return BASE * (length / CONTEXT) ** (16 / 14)
-
-
-LENGTHS = (128, 256, 512, 1024)  # any number of them
 EXTENSIONS: dict[str, dict[str, float]] = {
     'unchanged': {},
-    'larger base': {'rope_theta': rotary_base(LONG)},
+    'larger base': {'rope_theta': longer_base(BASE, LONG / CONTEXT, rotated=16)},
     'YaRN': {'rope_factor': LONG / CONTEXT},
 }
 MIXTURE, ARMS = {'text': 0.55, 'stories': 0.15, 'sums': 0.15, 'letters': 0.15}, 24
@@ -118,8 +109,6 @@ def get_config(variant: str = '') -> ConfigDict:
         config.evaluations.sums = {**config.evaluations.problems, 'source': {**sums, 'split': 'heldout'}}
         judged = {**common, 'evaluations': tuple(config.evaluations)}
         add_stage(config, 'anneal', 'midtrain', parent=f'{TRUNK}@950', steps=50, **judged)
-    elif variant == 'staged':
-        _staged(config, common)
     elif variant == 'handover':
         _handover(config, common)
     elif variant == 'few':
@@ -129,37 +118,6 @@ def get_config(variant: str = '') -> ConfigDict:
     else:
         add_stage(config, 'run', 'pretrain', steps=SHORT, save_every=SHORT, **common)
     return config
-
-
-def _staged(config: ConfigDict, common: dict[str, Any]) -> None:
-    config.sources.repeats = {'type': 'repeats', 'words': (2, 5)}
-    parent = TRUNK
-    for length in LENGTHS:
-        lines = (length // 14, length // 11)  # of up to seven tokens
-        tasks: dict[str, dict[str, Any]] = {
-            'needle': {'name': 'needle', 'pairs': lines},
-            'needles': {'name': 'needle', 'pairs': lines, 'questions': 3},
-            'variables': {'name': 'variables', 'chains': (length // 48, length // 36), 'hops': 3},
-            'common_words': {'name': 'common_words', 'others': (length // 8, length // 5), 'often': 4, 'rarely': 1},
-        }
-        for name, task in tasks.items():
-            config.sources[f'{name}_{length}'] = {'type': 'task', 'format': 'completion', **task}
-            asked = {'type': 'task', 'format': 'text', 'items': 64, 'max_tokens': 24}
-            config.evaluations[f'{name}_{length}'] = {**asked, 'task': task}
-        own = [f'{name}_{length}' for name in tasks]
-        mixture: tuple[Any, ...] = ((0.0, {'text': 0.6, **dict.fromkeys(own, 0.1)}),)
-        first = length == LENGTHS[0]
-        gate: dict[str, Any] = {}
-        if first:  # looking things up forms on short repeats alone, or hardly at all
-            mixture = ((0.0, {'repeats': 1.0}), (0.25, mixture[0][1]))
-        else:
-            before = config.stages[parent].sequence_length
-            gate = {f'needle_{before}': {'least': 0.9}, 'prose': {'most': 1.02, 'times': f'length_{LENGTHS[0]}'}}
-        fields = {'sequence_length': length, 'batch_size': max(1, 8 * CONTEXT // length), 'mixture': mixture}
-        fields |= {'evaluations': ('prose', *own), 'steps': 600 if first else 60, 'gate': gate}
-        model = {'max_position_embeddings': length, 'rope_theta': rotary_base(length)}
-        add_stage(config, f'length_{length}', 'midtrain', parent=parent, model=model, **{**common, **fields})
-        parent = f'length_{length}'
 
 
 def _handover(config: ConfigDict, common: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 from small import one_device
 from text import small_tokenizer
 
-from configs import ablations, methods, midtraining, spikes, steering, synthesis
+from configs import ablations, demo, methods, midtraining, spikes, steering, synthesis
 from data.committee import question
 from data.constitution import read_principles
 from data.rewriting import template_of
@@ -116,8 +114,7 @@ def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_p
             run._check(name)
 
 
-@pytest.mark.parametrize('variant', ['staged', 'handover'])
-def test_what_comes_from_the_trunk_can_be_built(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_from_the_trunk_can_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trunk = tmp_path / 'trunk' / 'trunk'
     (trunk / 'checkpoints').mkdir(parents=True)
     small_tokenizer().save(tmp_path / 'trunk' / 'tokenizer')
@@ -125,28 +122,24 @@ def test_what_comes_from_the_trunk_can_be_built(variant: str, tmp_path: Path, mo
     write_json(trunk / 'config.json', {'model': model, 'tokenizer': small_tokenizer().fingerprint})
     monkeypatch.setattr(midtraining, 'TRUNK', str(trunk))
     monkeypatch.setattr(graph, 'make_mesh', lambda _: one_device())
-    run = Run(midtraining.get_config(variant).to_dict(), tmp_path / 'run')
+    run = Run(midtraining.get_config('handover').to_dict(), tmp_path / 'run')
     for name in run.order:
-        if name[-1] not in '12' or variant == 'staged':
+        if name[-1] not in '12':
             run._check(name)
 
 
 def test_a_doubling_waits_for_retrieval_at_the_length_before_and_for_short_prose() -> None:
-    stages = midtraining.get_config('staged').to_dict()['stages']
-    lengths, tokens = [128, 256, 512, 1024], ('sequence_length', 'batch_size')
-    assert {math.prod(stages[f'length_{n}'][field] for field in tokens) for n in lengths} == {1024}
-    for before, after in itertools.pairwise(lengths):
-        stage = stages[f'length_{after}']
-        short = {'most': 1.02, 'times': 'length_128'}
-        assert stage['parent'] == f'length_{before}'
-        assert stage['gate'] == {f'needle_{before}': {'least': 0.9}, 'prose': short}
-        assert {x.rsplit('_', 1)[0] for x in stage['evaluations']} == {
-            'prose',
-            'needle',
-            'needles',
-            'variables',
-            'common_words',
-        }
+    stages = demo.get_config('staged').to_dict()['stages']
+    lengths = [512, 1024]
+    assert {*stages} == {'pretrain', 'recall', *(f'length_{length}' for length in lengths)}
+    parent, solved = 'recall', 'retrieval_short'
+    for length in lengths:
+        stage = stages[f'length_{length}']
+        assert stage['parent'] == parent and stage['sequence_length'] * stage['batch_size'] == 4096
+        assert stage['gate'] == {solved: {'least': 0.8}, 'bits_per_byte': {'most': 1.02, 'times': 'recall'}}
+        assert {*stages[parent]['evaluations']} >= {*stage['gate']}
+        assert len(stage['evaluations']) == 6
+        parent, solved = f'length_{length}', f'needle_{length}'
 
 
 def test_a_handover_differs_in_the_mixture_and_its_probes_in_their_parent() -> None:

@@ -25,7 +25,7 @@ from train.sweep import (
     last_stages,
     link,
     product,
-    run_arm,
+    run_arms,
 )
 
 
@@ -112,7 +112,7 @@ def test_what_arms_share_is_trained_once(
     for _ in range(2):  # the second time nothing is left to do
         for arm in made:
             link(tmp_path, arm, names[arm.name])
-            run_arm(tmp_path, arm, '', commands(tmp_path, [arm], names, [])[-1])
+            run_arms(tmp_path, [arm], '', commands(tmp_path, [arm], names, []))
     one, two = (tmp_path / arm.name for arm in made)
     assert (one / 'pretrain').resolve() == (two / 'pretrain').resolve()
     assert (one / 'midtrain').resolve() != (two / 'midtrain').resolve()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from train.learn.step import State
 
 ARRAYS = ('params', 'balance', 'optimizer')
 Metadata = dict[str, Any]
+# Runs in threads save one after the other: Orbax counts a process's saves, and takes two at a time for one.
+_SAVES = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +172,10 @@ class Checkpoints:
         items |= {'stream': ocp.args.JsonSave(stream), 'metadata': ocp.args.JsonSave(record)}
         self._saving, self._failure = step, ''
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            with _SAVES:
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+                if threading.current_thread() is not threading.main_thread():
+                    self._manager.wait_until_finished()
         except Exception as error:  # whatever a full or failing disk makes Orbax raise
             self._give_up(error)
 

@@ -29,6 +29,7 @@ from train.learn.health import Rewind, Watch, guard, restored_health, saved_heal
 from train.learn.objectives import Objective
 from train.learn.replicas import Prints, agreement, twice
 from train.learn.step import Layout, State, make_step
+from train.learn.together import Step, alone
 from train.measure.lineage import PARTS
 
 # Of a stage's config, what is in its Plan as it is.
@@ -69,6 +70,7 @@ class Plan:
         metadata: goes into every checkpoint.
         clock: is told what time goes by for.
         wandb: the project of Weights & Biases that metrics go to; '': none.
+        compiled: compiles the step function.
         evaluate_every: steps between calls of `measure`, with the step, the FLOPs so far and the variables; 0: none.
     """
 
@@ -95,6 +97,7 @@ class Plan:
     flops: float
     metadata: dict[str, Any]
     clock: Clock = dataclasses.field(default_factory=Clock)
+    compiled: Callable[[Step], Step] = functools.partial(alone, '')
     evaluate_every: int = 0
     wandb: str = ''
     measure: Callable[[int, float, Variables], None] = lambda step, flops, variables: None
@@ -154,7 +157,7 @@ def _train(plan: Plan, state: State) -> tuple[State, Spent]:
     first = int(state['step'])
     plan.clock.resumed(plan.name, first)
     one_step = make_step(plan.model, plan.objective, plan.optimizer, plan.trainable, guard(plan.guard), plan.qk_clip)
-    step_function = jax.jit(one_step, donate_argnums=0)
+    step_function = plan.compiled(one_step)
     # All at once, as asking for one would wait for the devices.
     rates = np.asarray(jax.jit(jax.vmap(plan.learning_rate))(np.arange(plan.steps)), np.float32)
     left_out = set(read_json(plan.folder / SKIPPED)) if (plan.folder / SKIPPED).exists() else set()

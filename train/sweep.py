@@ -8,6 +8,8 @@ by a call of add({FIELD: VALUE, ...}) for each, or add({...}, NAME); where --con
 `sweep(add, variant)`. Stages whose settings are the same in several arms, with all that leads to them, are trained
 once. The same command goes on where it was.
 
+  --together  so many arms at a time, which take their steps in one program where they differ in seeds, mixtures and
+              learning rates alone: for small models on accelerators (on a CPU it is slower)
   --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
   --over      on the page, plots over this measure, such as 'cache elements a token'
   --stage     of each arm only this stage and those it needs
@@ -30,7 +32,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +44,16 @@ from data.errors import InputError, did_you_mean
 from data.mixture import as_dict, sources_of
 from train.__main__ import parse
 from train.launch.command import command
-from train.launch.edges import needed_for, order, stage_model, stages_needed, steps_pinned
+from train.launch.edges import needed_for, order, program, stage_model, stages_needed, steps_pinned
 from train.launch.graph import Run
 from train.launch.host import prepare, say
+from train.learn.together import Step, Together, alone
 from train.measure.ranking import table, write_page, write_table
 from train.report import write_report
 
 _SETS = flags.DEFINE_multi_string('set', [], 'FIELD=VALUE,VALUE,...: a field of the config and what it is set to.')
 _OVER = flags.DEFINE_string('over', '', 'The measure over which the page plots the others.')
+_TOGETHER = flags.DEFINE_integer('together', 1, 'How many arms run at a time.')
 _PRINT = flags.DEFINE_boolean('print', False, 'Print commands instead of running them.')
 
 SHARED = 'shared'  # in the sweep's folder: stages that more than one arm may need
@@ -212,27 +216,40 @@ def compared(made: Sequence[Arm], names: Mapping[str, list[str]]) -> list[str]:
     return shown
 
 
-def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], shared: Sequence[str]) -> list[str]:
-    """Lines for a shell: first what trains stages that several arms share, then a run for each arm.
-
-    names: of each arm its stages; shared: arguments of the sweep that every run takes over.
-    """
+def shared_stages(made: Sequence[Arm], names: Mapping[str, list[str]]) -> list[tuple[Arm, str]]:
+    """What trains, one after the other, all that several arms share: of each chain of stages the last one."""
     owners: dict[str, list[tuple[Arm, str]]] = {}
     for arm in made:
         for name in names[arm.name]:
             owners.setdefault(identity(arm.config, name) + name, []).append((arm, name))
     first = [several[0] for several in owners.values() if len(several) > 1]
+    lasts = {(arm.name, name) for arm, name in first}
+    for arm, name in first:
+        lasts -= {(arm.name, n) for n in needed_for(arm.config, name) if n != name}
+    return [(arm, name) for arm, name in first if (arm.name, name) in lasts]
+
+
+def side_by_side(made: Sequence[Arm], names: Mapping[str, list[str]], most: int) -> list[list[Arm]]:
+    """The arms in groups of up to `most`, whose stages have the same programs."""
+    alike: dict[tuple[str, ...], list[Arm]] = {}
+    for arm in made:
+        alike.setdefault(tuple(program(arm.config, name) for name in names[arm.name]), []).append(arm)
+    return [several[i : i + most] for several in alike.values() for i in range(0, len(several), most)]
+
+
+def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], shared: Sequence[str]) -> list[str]:
+    """Lines for a shell: first what trains stages that several arms share, then a run for each arm.
+
+    names: of each arm its stages; shared: arguments of the sweep that every run takes over.
+    """
+    first = shared_stages(made, names)
 
     def run(arm: Arm, stage: str) -> str:
         changes = [f'--config.{field}={value}' for field, value in arm.changes.items()]
         words = ['python', '-m', 'train', *shared, f'--workdir={folder / arm.name}', f'--stage={stage}', *changes]
         return shlex.join(words)
 
-    # Of a chain that is shared the last stage trains the others.
-    lasts = {(arm.name, name) for arm, name in first}
-    for arm, name in first:
-        lasts -= {(arm.name, n) for n in needed_for(arm.config, name) if n != name}
-    lines = [run(arm, name) for arm, name in first if (arm.name, name) in lasts]
+    lines = [run(arm, name) for arm, name in first]
     if lines:
         lines = ['# first, one after the other: what arms share', *lines, '# then, side by side']
     return lines + [run(arm, name) for arm in made for name in last_stages(arm.config, names[arm.name])]
@@ -269,9 +286,21 @@ def main(arguments: list[str]) -> int:
         print('\n'.join(commands(folder, made, names, given)))
         return 0
     prepare()
-    for number, arm in enumerate(made, 1):
-        say(f'arm {number} of {len(made)}: {arm.name}')
-        run_arm(folder, arm, last, commands(folder, [arm], names, given)[-1])
+
+    def run(several: Sequence[Arm], stage: str) -> None:
+        run_arms(folder, several, stage, [commands(folder, [arm], names, given)[-1] for arm in several])
+
+    groups_of_arms = [[arm] for arm in made]
+    if _TOGETHER.value > 1:  # no two runs train the same stage at a time
+        for arm, name in shared_stages(made, names):
+            run([arm], name)
+        groups_of_arms = side_by_side(made, names, _TOGETHER.value)
+    done = 0
+    for several in groups_of_arms:
+        for number, arm in enumerate(several, done + 1):
+            say(f'arm {number} of {len(made)}: {arm.name}')
+        run(several, last)
+        done += len(several)
     groups: dict[str, list[Path]] = {}
     for arm in made:
         groups.setdefault(arm.group, []).append(folder / arm.name)
@@ -281,19 +310,31 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_arm(folder: Path, arm: Arm, last: str, command_line: str) -> None:
-    """Runs an arm. Arms with the same settings of the tokenizer have the same one."""
+def run_arms(folder: Path, several: Sequence[Arm], last: str, command_lines: Sequence[str]) -> None:
+    """Runs arms, side by side where they are more than one."""
+    together = Together() if len(several) > 1 else None
+    compiled = together.compiled if together else alone
+    runs = {arm.name: _begun(folder, arm, line, compiled) for arm, line in zip(several, command_lines, strict=True)}
+    if together:
+        together({name: functools.partial(run, last) for name, run in runs.items()})
+    else:
+        runs[several[0].name](last)
+    for arm in several:
+        write_report(folder / arm.name)
+    jax.clear_caches()  # programs of other shapes are of no more use; those on disk stay
+
+
+def _begun(folder: Path, arm: Arm, command_line: str, compiled: Callable[[Hashable, Step], Step]) -> Run:
+    """The run of an arm. Arms with the same settings of the tokenizer have the same one."""
     workdir, settings = folder / arm.name, as_dict(arm.config['tokenizer'])
     sources = {name: arm.config['sources'].get(name) for name in settings['sources']}
     tokenizer = folder / SHARED / f'tokenizer-{_digest([settings, sources])}'
     if tokenizer.exists() and not (workdir / 'tokenizer').exists():
         shutil.copytree(tokenizer, workdir / 'tokenizer')
-    run = Run(arm.config, workdir, command_line)
+    run = Run(arm.config, workdir, command_line, compiled)
     if not tokenizer.exists():
         shutil.copytree(workdir / 'tokenizer', tokenizer)
-    run(last)
-    write_report(workdir)
-    jax.clear_caches()  # programs of other shapes are of no more use; those on disk stay
+    return run
 
 
 if __name__ == '__main__':

@@ -20,6 +20,9 @@ Config = Mapping[str, Any]
 # Fields that no result depends on.
 _BESIDE = ('evaluations', 'evaluate_every', 'save_every', 'keep', 'step_deadline', 'compare_every', 'replay_every')
 BESIDE = tuple(f'stage.{field}' for field in _BESIDE)
+# What a step's program has as arguments: of a stage its variables and data, of the optimizer its learning rate.
+_GIVEN = ('seed', 'parent', 'mixture', 'steps', *_BESIDE)
+_RATE = ('learning_rate', 'schedule', 'warmup', 'decay', 'final')
 
 
 def parents(stage: Mapping[str, Any]) -> list[str]:
@@ -107,6 +110,16 @@ def stage_model(config: Config, name: str) -> ModelConfig:
         return ModelConfig.from_dict({**inherited, **as_dict(stage.get('model', {}))})
     except ValueError as error:
         raise InputError(f'stages.{name}: {error}') from None
+
+
+def program(config: Config, name: str) -> str:
+    """Every setting that the compiled step of a stage depends on: where it is the same, seeds, data and learning rates
+    may differ."""
+    stage = as_dict(config['stages'][name])
+    stage = {field: value for field, value in stage.items() if field not in _GIVEN}
+    stage['optimizer'] = {field: x for field, x in as_dict(stage.get('optimizer', {})).items() if field not in _RATE}
+    told = {'model': stage_model(config, name).to_dict(), 'stage': stage, 'mesh': as_dict(config['mesh'])}
+    return json.dumps(told, sort_keys=True, default=as_dict)
 
 
 def check_edges(config: Config, name: str) -> None:

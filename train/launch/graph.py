@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.util
 import itertools
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from train.launch.edges import (
     order,
     parents,
     pass_gate,
+    program,
     records_needed,
     stage_model,
     steps_pinned,
@@ -51,6 +53,7 @@ from train.learn.merge import average
 from train.learn.optimizer import learning_rate, make_optimizer
 from train.learn.step import Layout, State, initial_state, optimizer_shapes, trained
 from train.learn.streams import Context
+from train.learn.together import Step, alone
 from train.loop import FIELDS, Plan, train
 from train.measure.scoring import Other
 from train.stages import get_kind, stage_objective, training_kind
@@ -63,13 +66,20 @@ class Run:
         config: a plain dictionary (see `configs/base.py`).
         workdir: where everything of the run is kept.
         command: how the run was started, for the record.
+        compiled: compiles the step of a stage, given what its program depends on (see `train.learn.together`).
 
     Raises:
         InputError: anything in the config that can be found wrong before compute is spent.
     """
 
-    def __init__(self, config: dict[str, Any], workdir: Path, command: str = ''):
-        self.config, self.workdir, self.command = config, workdir, command
+    def __init__(
+        self,
+        config: dict[str, Any],
+        workdir: Path,
+        command: str = '',
+        compiled: Callable[[Hashable, Step], Step] = alone,
+    ):
+        self.config, self.workdir, self.command, self.compiled = config, workdir, command, compiled
         self.stages, self.clock = config['stages'], Clock()
         self.order = order(config)
         try:
@@ -339,6 +349,7 @@ class Run:
             flops=float(start.get('flops', 0.0)),
             metadata=self._metadata(name),
             clock=self.clock,
+            compiled=functools.partial(self.compiled, program(self.config, name)),
             wandb=self.config.get('wandb', ''),
             measure=self._evaluated(name, model).on_the_way,
         )

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from data.errors import InputError
 from train.launch.peers import end_restartably
+from train.launch.progress import signed
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -82,7 +83,7 @@ def is_primary() -> bool:
 def say(text: str) -> None:
     """Prints a line, once for all processes."""
     if is_primary():
-        print(text, flush=True)
+        print(signed(text), flush=True)
 
 
 def wait_for_all(reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from types import TracebackType
@@ -13,6 +14,12 @@ from tqdm import tqdm
 WINDOW = 30.0  # seconds over which rates are taken
 QUIET = 10.0  # seconds between plain lines
 BAR = '{desc} {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
+
+
+def signed(text: str) -> str:
+    """A line for people, after the name of the thread it comes from where runs have threads of their own."""
+    thread = threading.current_thread()
+    return text if thread is threading.main_thread() else f'{thread.name}: {text}'
 
 
 class Progress:
@@ -33,7 +40,7 @@ class Progress:
         self, total: int, description: str, unit: str = 'step', initial: int = 0, stream: TextIO | None = None
     ) -> None:
         self.total = total
-        self.description = description
+        self.description = signed(description)
         self.unit = unit
         self._stream = stream if stream is not None else sys.stderr
         self._step = initial
@@ -44,7 +51,7 @@ class Progress:
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
-        if self._stream.isatty():
+        if self._stream.isatty() and threading.current_thread() is threading.main_thread():
             self._bar = tqdm(
                 total=self.total,
                 desc=self.description,
