@@ -8,6 +8,7 @@ python -m train.sweep --config=configs/ablations.py:attention --workdir=runs/att
   reasoning   worked sums in pre-training from the start, the same tokens at its end, their form alone, or none; then
               fine-tuning and reinforcement learning that are the same for all
   scaling     twelve runs of four sizes and three lengths, and one of more than four times their largest compute
+  width       five learning rates on a narrow model and on one four times as wide, with and without `model.base_width`
   thinking    answers alone, or worked out first, for as many tokens of fine-tuning
   epochs      1, 4 or 16 epochs of fine-tuning on the same records
   specialists one model specialised three ways
@@ -41,6 +42,7 @@ MIXTURES: dict[str, tuple[Any, ...]] = {
     'form alone': ((0.0, {'text': 0.8, 'forms': 0.2}),),
 }
 SIZES, LENGTHS, LARGEST = (32, 48, 64, 96), (150, 300, 600), (128, 1500)  # hidden sizes, steps; both of the last run
+NARROW, WIDE, RATES = 32, 128, (0.0025, 0.005, 0.01, 0.02, 0.04)
 BUDGETS = (0, 8, 16, 24)  # tokens of work; a line of it takes some eight
 EPOCHS, RECORDS = (1, 4, 16), 256  # records of 13 tokens, four of which fill a row of 52
 TASKS: dict[str, dict[str, Any]] = {
@@ -112,6 +114,11 @@ def _scaling(config: ConfigDict) -> None:
     _run(config)
 
 
+def _width(config: ConfigDict) -> None:
+    _scaling(config)
+    config.stages.run.steps = 300
+
+
 def _thinking(config: ConfigDict) -> None:
     sums = {**TASKS['sums'], 'worked': False}
     config.tokenizer.update(sources=('chats',), vocab_size=288)
@@ -156,10 +163,7 @@ def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None
     """The arms of the ablations of one stage or chain."""
     if variant == 'scaling':
         for size, steps in [*((size, steps) for size in SIZES for steps in LENGTHS), LARGEST]:
-            sizes = {'hidden_size': size, 'intermediate_size': 3 * size, 'kv_lora_rank': size // 2}
-            sizes |= {'num_attention_heads': size // 16}
-            wide = {f'model.{field}': value for field, value in sizes.items()}
-            add({**wide, 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
+            add({**_sizes(size), 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
         return
     for seed in SEEDS:
         if variant == 'attention':
@@ -176,9 +180,24 @@ def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None
         elif variant == 'reasoning':
             for name, mixture in MIXTURES.items():
                 add({'stages.run.mixture': mixture, 'seed': seed}, name)
+            for name in ('from the start', 'at the end'):  # is it the place, or the rate, which has come down there?
+                held = {'stages.run.mixture': MIXTURES[name], 'stages.run.optimizer.schedule': 'constant'}
+                add({**held, 'seed': seed}, f'{name}, rate held')
+        elif variant == 'width':
+            for rate in RATES:
+                arm: dict[str, Any] = {'stages.run.optimizer.learning_rate': rate, 'seed': seed}
+                add({**arm, **_sizes(NARROW)}, f'{NARROW} wide, {rate}')
+                add({**arm, **_sizes(WIDE)}, f'{WIDE} wide, {rate}')
+                add({**arm, **_sizes(WIDE), 'model.base_width': NARROW}, f'{WIDE} wide by width, {rate}')
         elif variant == 'thinking':
             for direct in (False, True):
                 add({'sources.chats.direct': direct, 'seed': seed}, 'answer alone' if direct else 'worked out')
+
+
+def _sizes(width: int) -> dict[str, int]:
+    """Of a dense model, as changes of the config: heads of one size, more of them in a wider model."""
+    sizes = {'hidden_size': width, 'intermediate_size': 3 * width, 'kv_lora_rank': width // 2}
+    return {f'model.{field}': size for field, size in {**sizes, 'num_attention_heads': width // 16}.items()}
 
 
 def _equal_width(key_value_heads: int) -> int:
@@ -197,6 +216,7 @@ VARIANTS: dict[str, Callable[[ConfigDict], None]] = {
     'balance': _balance,
     'reasoning': _reasoning,
     'scaling': _scaling,
+    'width': _width,
     'thinking': _thinking,
     'epochs': _epochs,
     'specialists': _specialists,

@@ -208,13 +208,13 @@ def _add_lengths(config: ConfigDict) -> None:
             config.sources[f'{name}_{length}'] = {'type': 'task', 'format': 'completion', **task}
             config.evaluations[f'{name}_{length}'] = {**TEXT, 'task': task, 'items': 64, 'max_tokens': 24}
         config.sources[f'many_{length}'] = {**config.sources[f'needle_{length}'], 'questions': 6}
-        own = dict.fromkeys((f'{name}_{length}' for name in tasks), 0.1)
+        own = {f'{name}_{length}': 0.15 if name == 'needle' else 0.05 for name in tasks}
         fields: dict[str, Any] = {
             'parent': parent,
             'sequence_length': length,
             'batch_size': 4096 // length,
             'model': {'rope_theta': longer_base(model.rope_theta, length / SHORT, model.qk_rope_head_dim)},
-            'mixture': ((0.0, {'stdlib': 0.4, f'many_{length}': 0.2, **own}),),
+            'mixture': ((0.0, {'stdlib': 0.4, f'many_{length}': 0.3, **own}),),
             'evaluations': ('bits_per_byte', 'retrieval_short', *own),
             'gate': {solved: {'least': 0.8}, 'bits_per_byte': {'most': 1.02, 'times': 'recall'}},
         }
@@ -222,8 +222,8 @@ def _add_lengths(config: ConfigDict) -> None:
             config,
             f'length_{length}',
             'midtrain',
-            steps=60,
-            save_every=60,
+            steps=90,
+            save_every=90,
             keep_optimizer=False,
             optimizer={'learning_rate': 0.005},
             **fields,
