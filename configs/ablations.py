@@ -8,6 +8,8 @@ python -m train.sweep --config=configs/ablations.py:attention --workdir=runs/att
   reasoning   worked sums in pre-training from the start, the same tokens at its end, their form alone, or none; then
               fine-tuning and reinforcement learning that are the same for all
   scaling     twelve runs of four sizes and three lengths, and one of more than four times their largest compute
+  budgets     five sizes for each of four budgets of compute, the largest of them to be predicted
+  accuracy    nine runs that learn sums, and one that is larger: its share of right answers predicted through its loss
   width       five learning rates on a narrow model and on one four times as wide, with and without `model.base_width`
   thinking    answers alone, or worked out first, for as many tokens of fine-tuning
   epochs      1, 4 or 16 epochs of fine-tuning on the same records
@@ -23,6 +25,8 @@ from ml_collections import ConfigDict
 
 from configs.base import SEEDS, add_stage, experiment, small
 from configs.methods import SUMS
+from model.transformer import Model
+from train.launch.edges import stage_model
 
 HEADS, HEAD = 4, 32
 KEY_VALUE_HEADS = {'multi-head': HEADS, 'grouped-query': HEADS // 2, 'multi-query': 1}
@@ -42,6 +46,8 @@ MIXTURES: dict[str, tuple[Any, ...]] = {
     'form alone': ((0.0, {'text': 0.8, 'forms': 0.2}),),
 }
 SIZES, LENGTHS, LARGEST = (32, 48, 64, 96), (150, 300, 600), (128, 1500)  # hidden sizes, steps; both of the last run
+COMPUTE, WIDTHS = (1e11, 2e11, 4e11, 8e11), (16, 24, 32, 48, 64)
+LEARNERS, LEARNT, LARGEST_LEARNER = (32, 48, 64), (100, 200, 400), (96, 800)
 NARROW, WIDE, RATES = 32, 128, (0.0025, 0.005, 0.01, 0.02, 0.04)
 BUDGETS = (0, 8, 16, 24)  # tokens of work; a line of it takes some eight
 EPOCHS, RECORDS = (1, 4, 16), 256  # records of 13 tokens, four of which fill a row of 52
@@ -114,6 +120,16 @@ def _scaling(config: ConfigDict) -> None:
     _run(config)
 
 
+def _accuracy(config: ConfigDict) -> None:
+    _scaling(config)
+    told = {'type': 'task', 'format': 'chat', **TASKS['sums']}
+    config.tokenizer.update(sources=('chats',), vocab_size=288)
+    config.sources.chats = told
+    config.evaluations.told = {'type': 'text', 'source': {**told, 'split': 'heldout'}, 'documents': 256, 'length': 128}
+    config.evaluations.sums = {'type': 'task', 'task': TASKS['sums'], 'items': 256, 'max_tokens': 48}
+    config.stages.run.update(mixture=((0.0, {'chats': 1.0}),), evaluations=('told', 'sums'))
+
+
 def _width(config: ConfigDict) -> None:
     _scaling(config)
     config.stages.run.steps = 300
@@ -164,6 +180,18 @@ def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None
     if variant == 'scaling':
         for size, steps in [*((size, steps) for size in SIZES for steps in LENGTHS), LARGEST]:
             add({**_sizes(size), 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
+        return
+    if variant == 'accuracy':
+        for size, steps in [*((size, steps) for size in LEARNERS for steps in LEARNT), LARGEST_LEARNER]:
+            add({**_sizes(size), 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
+        return
+    if variant == 'budgets':
+        config = get_config(variant)
+        for size in WIDTHS:
+            config.update_from_flattened_dict(_sizes(size))
+            a_step = 6 * Model(stage_model(config.to_dict(), 'run')).parameter_counts['active'] * 8 * 128
+            for compute in COMPUTE:
+                add({**_sizes(size), 'stages.run.steps': round(compute / a_step)}, f'{size} wide, {compute:.0e} FLOPs')
         return
     for seed in SEEDS:
         if variant == 'attention':
@@ -216,6 +244,8 @@ VARIANTS: dict[str, Callable[[ConfigDict], None]] = {
     'balance': _balance,
     'reasoning': _reasoning,
     'scaling': _scaling,
+    'budgets': _scaling,
+    'accuracy': _accuracy,
     'width': _width,
     'thinking': _thinking,
     'epochs': _epochs,

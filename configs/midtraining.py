@@ -121,23 +121,27 @@ def get_config(variant: str = '') -> ConfigDict:
 
 
 def _handover(config: ConfigDict, common: dict[str, Any]) -> None:
-    sums: dict[str, Any] = {'name': 'arithmetic', 'operations': 2, 'digits': 1, 'max_value': 10, 'worked': True}
+    sums: dict[str, Any] = {'name': 'arithmetic', 'operations': 3, 'digits': 1, 'max_value': 10, 'worked': True}
     judged: dict[str, Any] = {'type': 'task', 'items': 256, 'samples': 4, 'temperature': 1.0, 'max_tokens': 32}
-    config.sources.update(
-        asked={'type': 'task', 'format': 'chat', **sums, 'operations': 1}, worked={'type': 'task', **sums}
-    )
+    asked: dict[str, Any] = {'type': 'task', 'format': 'chat', **sums}
+    config.sources.update(asked={**asked, 'operations': 1}, longer={**asked, 'operations': (2, 3)})
     config.evaluations.update(short={**judged, 'task': {**sums, 'operations': 1}}, long={**judged, 'task': sums})
     for seed in SEEDS:
         for arm, mixture in (
-            ('control', {'text': 0.7, 'asked': 0.3}),
-            ('mid', {'text': 0.4, 'asked': 0.3, 'worked': 0.3}),
+            ('control', {'text': 0.4, 'asked': 0.6}),
+            ('mid', {'text': 0.4, 'asked': 0.3, 'longer': 0.3}),
         ):
-            fields = {**common, 'mixture': ((0.0, mixture),), 'evaluations': tuple(config.evaluations)}
-            add_stage(config, f'{arm}_{seed}', 'midtrain', parent=f'{TRUNK}@800', steps=200, seed=seed, **fields)
+            fields = {
+                **common,
+                'mixture': ((0.0, mixture),),
+                'evaluations': tuple(config.evaluations),
+                'batch_size': 16,
+            }
+            add_stage(config, f'{arm}_{seed}', 'midtrain', parent=f'{TRUNK}@800', steps=400, seed=seed, **fields)
             probe: dict[str, Any] = {'task': sums, 'prompts': 16, 'samples': 8, 'temperature': 1.2, 'max_tokens': 32}
             probe |= {'batch_size': 128, 'microbatches': 4, 'sequence_length': 128, 'evaluations': ('short', 'long')}
             rate = {**ADAM, 'learning_rate': 0.0006}
-            probe |= {'parent': f'{arm}_{seed}', 'steps': 40, 'optimizer': rate, 'seed': seed}
+            probe |= {'parent': f'{arm}_{seed}', 'steps': 80, 'optimizer': rate, 'seed': seed}
             add_stage(config, f'probe_{arm}_{seed}', 'grpo', **probe)
 
 
