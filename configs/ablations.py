@@ -122,12 +122,12 @@ def _scaling(config: ConfigDict) -> None:
 
 def _accuracy(config: ConfigDict) -> None:
     _scaling(config)
-    told = {'type': 'task', 'format': 'chat', **TASKS['sums']}
-    config.tokenizer.update(sources=('chats',), vocab_size=288)
-    config.sources.chats = told
+    told = {'type': 'task', 'format': 'text', **TASKS['sums']}
+    config.tokenizer.update(sources=('sums',), vocab_size=288)
+    config.sources.sums = told
     config.evaluations.told = {'type': 'text', 'source': {**told, 'split': 'heldout'}, 'documents': 256, 'length': 128}
-    config.evaluations.sums = {'type': 'task', 'task': TASKS['sums'], 'items': 256, 'max_tokens': 48}
-    config.stages.run.update(mixture=((0.0, {'chats': 1.0}),), evaluations=('told', 'sums'))
+    config.evaluations.sums = {'type': 'task', 'task': TASKS['sums'], 'format': 'text', 'items': 256, 'max_tokens': 48}
+    config.stages.run.update(mixture=((0.0, {'sums': 1.0}),), evaluations=('told', 'sums'))
 
 
 def _width(config: ConfigDict) -> None:

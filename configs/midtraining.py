@@ -124,8 +124,8 @@ def _handover(config: ConfigDict, common: dict[str, Any]) -> None:
     sums: dict[str, Any] = {'name': 'arithmetic', 'operations': 3, 'digits': 1, 'max_value': 10, 'worked': True}
     judged: dict[str, Any] = {'type': 'task', 'items': 256, 'samples': 4, 'temperature': 1.0, 'max_tokens': 32}
     asked: dict[str, Any] = {'type': 'task', 'format': 'chat', **sums}
-    config.sources.update(asked={**asked, 'operations': 1}, longer={**asked, 'operations': (2, 3)})
-    config.evaluations.update(short={**judged, 'task': {**sums, 'operations': 1}}, long={**judged, 'task': sums})
+    config.sources.update(asked={**asked, 'operations': (1, 2)}, longer=asked)
+    config.evaluations.update(short={**judged, 'task': {**sums, 'operations': 2}}, long={**judged, 'task': sums})
     for seed in SEEDS:
         for arm, mixture in (
             ('control', {'text': 0.4, 'asked': 0.6}),

@@ -146,7 +146,9 @@ def checked(evaluation: Mapping[str, Any], stages: Collection[str] | None = None
     elif kind == 'contrast':
         read_contrast(spec['path'])
     else:
-        open_source(spec['source'])
+        source = open_source(spec['source'])
+        if kind == 'text' and 'text' not in source[0]:
+            raise InputError(f'evaluation text: source: its records have {sorted(source[0])}: expected text')
     return spec
 
 
