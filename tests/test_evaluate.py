@@ -291,7 +291,7 @@ def test_problems_are_different_and_as_many_as_there_are(monkeypatch: pytest.Mon
         ({'type': 'text', 'lenght': 3}, "evaluation text: no field 'lenght'; did you mean 'length'"),
         (
             {'type': 'text', 'source': {'type': 'task', **TASK, 'format': 'chat'}},
-            r"records have \['messages'.*expected text",
+            'its records have .*messages.*: expected text',
         ),
         ({'type': 'task', 'task': TASK, 'budgets': (4,), 'format': 'text'}, 'budgets: expected format chat'),
         ({'type': 'task', 'task': {'name': 'arithmetik'}}, "did you mean 'arithmetic'"),
