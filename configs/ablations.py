@@ -10,7 +10,7 @@ python -m train.sweep --config=configs/ablations.py:attention --workdir=runs/att
   scaling     twelve runs of four sizes and three lengths, and one of more than four times their largest compute
   budgets     five sizes for each of four budgets of compute, the largest of them to be predicted
   accuracy    nine runs that learn sums, and one that is larger: its share of right answers predicted through its loss
-  width       five learning rates on a narrow model and on one four times as wide, with and without `model.base_width`
+  width       six learning rates on a narrow model and on one four times as wide, with and without `model.base_width`
   thinking    answers alone, or worked out first, for as many tokens of fine-tuning
   epochs      1, 4 or 16 epochs of fine-tuning on the same records
   specialists one model specialised three ways
@@ -48,7 +48,7 @@ MIXTURES: dict[str, tuple[Any, ...]] = {
 SIZES, LENGTHS, LARGEST = (32, 48, 64, 96), (150, 300, 600), (128, 1500)  # hidden sizes, steps; both of the last run
 COMPUTE, WIDTHS = (1e11, 2e11, 4e11, 8e11), (16, 24, 32, 48, 64)
 LEARNERS, LEARNT, LARGEST_LEARNER = (32, 48, 64), (100, 200, 400), (96, 800)
-NARROW, WIDE, RATES = 32, 128, (0.0025, 0.005, 0.01, 0.02, 0.04)
+NARROW, WIDE, RATES = 32, 128, (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 BUDGETS = (0, 8, 16, 24)  # tokens of work; a line of it takes some eight
 EPOCHS, RECORDS = (1, 4, 16), 256  # records of 13 tokens, four of which fill a row of 52
 TASKS: dict[str, dict[str, Any]] = {

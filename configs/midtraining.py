@@ -21,8 +21,8 @@ python -m train.handover runs/handover/control_0,... runs/handover/mid_0,...
   few        50 steps on 32 worked problems, on 960 of which a quarter of the words are spoilt, or on 960 good ones
   placement  a tenth of a run on word problems, or on random letters: first, all along, or last
   mixture    24 short anneals on mixtures of prose, word problems, sums and random letters: which would be best?
-  handover   mid-training on prose and short sums, or with longer sums among them: what else changes, and from which does
-             the same short reinforcement learning gain more?
+  handover   mid-training on prose and short sums, or with longer sums among them: what else changes, and from which
+             does the same short reinforcement learning gain more?
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def test_the_principle_is_the_one_that_the_critic_was_taught() -> None:
         (ablations, 'experts', 9),
         (ablations, 'balance', 12),
         (ablations, 'reasoning', 18),
-        (ablations, 'width', 45),
+        (ablations, 'width', 54),
         (ablations, 'scaling', 13),
         (ablations, 'thinking', 6),
     ],
