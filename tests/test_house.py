@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'model': {'model'},
 }
 LONGEST_FILE = 450  # lines
-LARGEST_PRODUCT = 17_900  # lines of code, without comments and docstrings
+LARGEST_PRODUCT = 18_000  # lines of code, without comments and docstrings
 STAGE_KINDS = tuple(KINDS)
 
 
