@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import get_config, one_device
 
+from data.errors import InputError
 from train.checkpoint import load
+from train.launch.edges import _GIVEN, _RATE, program
+from train.launch.preemption import Preempted, notice
 from train.learn.together import Step, Together
 from train.learn.together import _several as several_of
-from train.sweep import arms, commands, link, run_arms, shared_stages, side_by_side
+from train.sweep import arms, check_together, commands, link, run_arms, shared_stages, side_by_side
 
 
 @settings(max_examples=25, deadline=None)
@@ -63,6 +69,94 @@ def test_what_fails_fails_alone() -> None:
     with pytest.raises(ValueError, match='of its own'):
         together({'one': works, 'two': fails, 'three': works})
     assert ends == [3, 3]
+
+
+def test_what_a_step_of_several_fails_with_ends_them_all() -> None:
+    together, ended = Together(), []
+
+    def work(number: int) -> Callable[[], None]:
+        def body() -> None:
+            try:
+                together.compiled('', lambda state, batch, rate: (state @ batch, {}))(
+                    jnp.ones(2), jnp.ones(3), np.float32(1)
+                )
+            finally:
+                ended.append(number)
+
+        return body
+
+    with pytest.raises(TypeError, match='dot_general'):
+        together({'one': work(1), 'two': work(2)})
+    assert sorted(ended) == [1, 2]
+
+
+@pytest.mark.parametrize(('number', 'ends_with'), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)])
+def test_signals_reach_all_runs(number: int, ends_with: type[BaseException]) -> None:
+    """Ctrl-C ends them before their next step; told to end soon, each leaves behind one, where it saves."""
+    together, left, ended = Together(), [], []
+
+    def work(name: str) -> Callable[[], None]:
+        def body() -> None:
+            step, state = together.compiled('', lambda state, batch, rate: (state + batch, {})), jnp.float32(0)
+            with contextlib.ExitStack() as stack:
+                stack.callback(ended.append, name)
+                leave = stack.enter_context(notice())
+                for i in range(10_000):
+                    state, _ = step(state, jnp.float32(1), np.float32(1))
+                    if i == 2 and name == 'one':
+                        os.kill(os.getpid(), number)
+                    if leave(i):
+                        left.append(name)
+                        raise Preempted
+
+        return body
+
+    with pytest.raises(ends_with):
+        together({'one': work('one'), 'two': work('two')})
+    assert sorted(ended) == ['one', 'two']
+    assert len(left) == (2 if number == signal.SIGTERM else 0)
+
+
+def test_a_program_depends_on_all_but_seeds_data_and_rates() -> None:
+    config = get_config().to_dict()
+    stage = config['stages']['sft']
+    optimizer = stage['optimizer']
+
+    def of(**changes: Any) -> str:
+        changed = {**stage, **changes}
+        return program({**config, 'stages': {**config['stages'], 'sft': changed}}, 'sft')
+
+    own = of()
+    mixture = ((0.0, {'stdlib': 1.0}),)
+    for changes in ({'seed': 3}, {'mixture': mixture}, {'steps': 9}, {'parent': 'midtrain@2'}, {'save_every': 7}):
+        assert of(**changes) == own
+    for field, value in {'learning_rate': 0.1, 'schedule': 'cosine', 'warmup': 0.3, 'decay': 0.4, 'final': 0.5}.items():
+        assert optimizer[field] != value and of(optimizer={**optimizer, field: value}) == own
+    for field in {*stage} - {*_GIVEN, 'optimizer'}:
+        assert of(**{field: 'other'} if field != 'model' else {'model': {'rope_theta': 3.0}}) != own, field
+    for field in {*optimizer} - {*_RATE}:
+        assert of(optimizer={**optimizer, field: 'other'}) != own, field
+    assert program({**config, 'model': {**config['model'], 'rms_norm_eps': 0.1}}, 'sft') != own
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('step_deadline', 5.0, 'stages.pretrain.step_deadline: expected 0'),
+        ('replay_every', 2, 'stages.pretrain.replay_every: expected 0, or more'),
+    ],
+)
+def test_what_arms_side_by_side_cannot_have(
+    field: str, value: float, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = get_config()
+    config.stages.pretrain[field] = value
+    made = arms(config.to_dict(), [{'seed': 0}, {'seed': 1}])
+    with pytest.raises(InputError, match='8 devices: expected one'):
+        check_together(made, {arm.name: ['pretrain'] for arm in made})
+    monkeypatch.setattr('train.sweep.jax.device_count', lambda: 1)
+    with pytest.raises(InputError, match=message):
+        check_together(made, {arm.name: ['pretrain'] for arm in made})
 
 
 def test_arms_side_by_side_come_to_what_they_come_to_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ by a call of add({FIELD: VALUE, ...}) for each, or add({...}, NAME); where --con
 once. The same command goes on where it was.
 
   --together  so many arms at a time, which take their steps in one program where they differ in seeds, mixtures and
-              learning rates alone: for small models on accelerators (on a CPU it is slower)
+              learning rates alone: for small models on accelerators (on a CPU it saves start-up time, and no more)
   --print     only prints a command for each arm, for Slurm, GKE or XPK; first those that train what arms share
   --over      on the page, plots over this measure, such as 'cache elements a token'
   --stage     of each arm only this stage and those it needs
@@ -217,16 +217,12 @@ def compared(made: Sequence[Arm], names: Mapping[str, list[str]]) -> list[str]:
 
 
 def shared_stages(made: Sequence[Arm], names: Mapping[str, list[str]]) -> list[tuple[Arm, str]]:
-    """What trains, one after the other, all that several arms share: of each chain of stages the last one."""
+    """The stages that several arms share, each with the first arm that has it."""
     owners: dict[str, list[tuple[Arm, str]]] = {}
     for arm in made:
         for name in names[arm.name]:
             owners.setdefault(identity(arm.config, name) + name, []).append((arm, name))
-    first = [several[0] for several in owners.values() if len(several) > 1]
-    lasts = {(arm.name, name) for arm, name in first}
-    for arm, name in first:
-        lasts -= {(arm.name, n) for n in needed_for(arm.config, name) if n != name}
-    return [(arm, name) for arm, name in first if (arm.name, name) in lasts]
+    return [several[0] for several in owners.values() if len(several) > 1]
 
 
 def side_by_side(made: Sequence[Arm], names: Mapping[str, list[str]], most: int) -> list[list[Arm]]:
@@ -235,6 +231,21 @@ def side_by_side(made: Sequence[Arm], names: Mapping[str, list[str]], most: int)
     for arm in made:
         alike.setdefault(tuple(program(arm.config, name) for name in names[arm.name]), []).append(arm)
     return [several[i : i + most] for several in alike.values() for i in range(0, len(several), most)]
+
+
+def check_together(made: Sequence[Arm], names: Mapping[str, list[str]]) -> None:
+    """Raises InputError for what arms side by side cannot have: they share devices, and wait for one another."""
+    if jax.device_count() > 1:
+        raise InputError(f'--together: {jax.device_count()} devices: expected one')
+    for arm in made:
+        if arm.config.get('wandb'):
+            raise InputError("--together: wandb is one run a process: expected wandb=''")
+        for name in names[arm.name]:
+            stage = arm.config['stages'][name]
+            if stage.get('step_deadline'):
+                raise InputError(f'--together: stages.{name}.step_deadline: expected 0')
+            if 0 < stage.get('replay_every', 0) <= stage['steps']:
+                raise InputError(f'--together: stages.{name}.replay_every: expected 0, or more than its steps')
 
 
 def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], shared: Sequence[str]) -> list[str]:
@@ -249,7 +260,11 @@ def commands(folder: Path, made: Sequence[Arm], names: Mapping[str, list[str]], 
         words = ['python', '-m', 'train', *shared, f'--workdir={folder / arm.name}', f'--stage={stage}', *changes]
         return shlex.join(words)
 
-    lines = [run(arm, name) for arm, name in first]
+    # Of a chain that is shared the last stage trains the others.
+    lasts = {(arm.name, name) for arm, name in first}
+    for arm, name in first:
+        lasts -= {(arm.name, n) for n in needed_for(arm.config, name) if n != name}
+    lines = [run(arm, name) for arm, name in first if (arm.name, name) in lasts]
     if lines:
         lines = ['# first, one after the other: what arms share', *lines, '# then, side by side']
     return lines + [run(arm, name) for arm in made for name in last_stages(arm.config, names[arm.name])]
@@ -291,9 +306,13 @@ def main(arguments: list[str]) -> int:
         run_arms(folder, several, stage, [commands(folder, [arm], names, given)[-1] for arm in several])
 
     groups_of_arms = [[arm] for arm in made]
-    if _TOGETHER.value > 1:  # no two runs train the same stage at a time
-        for arm, name in shared_stages(made, names):
-            run([arm], name)
+    if _TOGETHER.value > 1:
+        check_together(made, names)
+        shared = shared_stages(made, names)
+        for stage in dict.fromkeys(name for arm in made for name in names[arm.name]):  # parents before children
+            owners = [arm for arm, name in shared if name == stage]
+            for several in side_by_side(owners, {arm.name: [stage] for arm in owners}, _TOGETHER.value):
+                run(several, stage)
         groups_of_arms = side_by_side(made, names, _TOGETHER.value)
     done = 0
     for several in groups_of_arms:

@@ -7,7 +7,7 @@ import datetime
 import json
 from pathlib import Path
 
-from train.launch.host import is_primary
+from train.launch.host import is_primary, say
 
 
 def note(folder: Path, step: int, kind: str, detail: str) -> None:
@@ -19,6 +19,6 @@ def note(folder: Path, step: int, kind: str, detail: str) -> None:
         return
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     with contextlib.suppress(OSError):
-        print(f'{folder.name}: step {step}: {kind}: {detail}', flush=True)
+        say(f'{folder.name}: step {step}: {kind}: {detail}')
         with (folder / 'events.jsonl').open('a') as lines:
             lines.write(json.dumps({'step': step, 'kind': kind, 'detail': detail, 'time': now}) + '\n')

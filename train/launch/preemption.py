@@ -26,29 +26,34 @@ class Preempted(SystemExit):
         super().__init__(RESTART)
 
 
+_told = math.inf  # when this process had its first notice
+
+
 @contextlib.contextmanager
 def notice() -> Iterator[Callable[[int], bool]]:
     """Within it SIGTERM does not end the process: the function it gives says, after each step, whether to leave.
 
     Processes of one run are told to leave after the same step, whichever of them had the signal: they ask JAX, which
-    has taken SIGTERM over. Alone, a later second signal ends the process at once.
+    has taken SIGTERM over. Alone, a later second signal ends the process at once. Python tells the main thread alone:
+    runs in other threads leave where that one is within a notice of its own.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
-        yield lambda step: False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: _told < math.inf
         return
-    told = math.inf  # when
+    global _told
+    _told = math.inf
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal told
-        if time.monotonic() - told >= TOGETHER:
+        global _told
+        if time.monotonic() - _told >= TOGETHER:
             raise Preempted
-        told = min(told, time.monotonic())
+        _told = min(_told, time.monotonic())
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield lambda step: told < math.inf
+        yield lambda step: _told < math.inf
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from train.launch.host import say
+from train.launch.preemption import notice
+
 Step = Callable[..., tuple[Any, Any]]
 # Of tuples of states, batches and factors, one of each for a run, the pairs of state and metrics.
 Steps = Callable[..., list[tuple[Any, Any]]]
@@ -42,11 +45,15 @@ class Together:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._at_work = 0
+        self._stopped = False
         self._waiting: list[_Call] = []
         self._programs: dict[Hashable, Steps] = {}
 
     def __call__(self, works: Mapping[str, Callable[[], None]]) -> None:
-        """Does all works, by name, and returns when the last has ended. Raises the first error of one."""
+        """Does all works, by name, and returns when the last has ended.
+
+        Each failure is told when it happens; raises the first. On Ctrl-C the works end before their next step.
+        """
         errors: list[BaseException] = []
         self._at_work = len(works)
 
@@ -55,21 +62,33 @@ class Together:
                 work()
             except BaseException as error:
                 errors.append(error)
+                if isinstance(error, Exception):
+                    say(f'ended: {error}')
             finally:
                 with self._changed:
                     self._at_work -= 1
                     self._changed.notify_all()
 
-        # Daemons: Ctrl-C ends the process, and what was saved last is gone on from.
-        threads = [
-            threading.Thread(target=thread, args=(work,), name=name, daemon=True) for name, work in works.items()
-        ]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
+        threads = [threading.Thread(target=thread, args=(work,), name=name) for name, work in works.items()]
+        with notice():  # of SIGTERM, which this thread alone is told of
+            try:
+                for each in threads:
+                    each.start()
+                self._wait()
+            except BaseException:
+                with self._changed:
+                    self._stopped = True
+                    self._at_work -= sum(each.ident is None for each in threads)
+                    self._changed.notify_all()
+                self._wait()
+                raise
         if errors:
             raise errors[0]
+
+    def _wait(self) -> None:
+        """Returns when all works have ended. Not by `join`: interrupted, Python 3.11 takes a thread for dead."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._at_work <= 0)
 
     def compiled(self, program: Hashable, step: Step) -> Step:
         """For `train.loop.Plan.compiled`: a run's step. Steps of one `program` differ in their arguments alone."""
@@ -82,6 +101,8 @@ class Together:
                 self._waiting.append(call)
                 self._changed.notify_all()
                 while call.result is None and call.error is None:
+                    if self._stopped:
+                        raise KeyboardInterrupt
                     # In the thread of a run that waits, whose mesh is set.
                     if len(self._waiting) == self._at_work:
                         self._take()
