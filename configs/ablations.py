@@ -18,6 +18,7 @@ python -m train.sweep --config=configs/ablations.py:attention --workdir=runs/att
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,12 @@ MIXTURES: dict[str, tuple[Any, ...]] = {
     'at the end': ((0.0, {'text': 1.0}), (0.6, {'text': 0.5, 'sums': 0.5})),
     'form alone': ((0.0, {'text': 0.8, 'forms': 0.2}),),
 }
-SIZES, LENGTHS, LARGEST = (32, 48, 64, 96), (150, 300, 600), (128, 1500)  # hidden sizes, steps; both of the last run
+# Hidden sizes, steps, and both of a last run.
+GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]]] = {
+    'scaling': ((32, 48, 64, 96), (150, 300, 600), (128, 1500)),
+    'accuracy': ((32, 48, 64), (100, 200, 400), (96, 800)),
+}
 COMPUTE, WIDTHS = (1e11, 2e11, 4e11, 8e11), (16, 24, 32, 48, 64)
-LEARNERS, LEARNT, LARGEST_LEARNER = (32, 48, 64), (100, 200, 400), (96, 800)
 NARROW, WIDE, RATES = 32, 128, (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)
 BUDGETS = (0, 8, 16, 24)  # tokens of work; a line of it takes some eight
 EPOCHS, RECORDS = (1, 4, 16), 256  # records of 13 tokens, four of which fill a row of 52
@@ -177,12 +181,9 @@ def _specialists(config: ConfigDict) -> None:
 
 def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None:
     """The arms of the ablations of one stage or chain."""
-    if variant == 'scaling':
-        for size, steps in [*((size, steps) for size in SIZES for steps in LENGTHS), LARGEST]:
-            add({**_sizes(size), 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
-        return
-    if variant == 'accuracy':
-        for size, steps in [*((size, steps) for size in LEARNERS for steps in LEARNT), LARGEST_LEARNER]:
+    if variant in GRIDS:
+        sizes, lengths, largest = GRIDS[variant]
+        for size, steps in [*itertools.product(sizes, lengths), largest]:
             add({**_sizes(size), 'stages.run.steps': steps}, f'{size} wide, {steps} steps')
         return
     if variant == 'budgets':

@@ -99,6 +99,8 @@ def test_the_principle_is_the_one_that_the_critic_was_taught() -> None:
         (ablations, 'balance', 12),
         (ablations, 'reasoning', 18),
         (ablations, 'width', 54),
+        (ablations, 'budgets', 20),
+        (ablations, 'accuracy', 10),
         (ablations, 'scaling', 13),
         (ablations, 'thinking', 6),
     ],
@@ -107,7 +109,11 @@ def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_p
     """Stages that have no parent in a run of another config, as that would have to be trained before."""
     given = [variant] if variant else []
     made = arms(file.get_config(*given).to_dict(), *declared(file.__file__, *given))
-    assert len(made) == count == (1 if variant in ('mixture', 'scaling') else 3) * len({arm.group for arm in made})
+    assert (
+        len(made)
+        == count
+        == (1 if variant in ('mixture', 'scaling', 'budgets', 'accuracy') else 3) * len({arm.group for arm in made})
+    )
     for arm in (made[0], made[-1]):
         name = order(arm.config)[0]
         if not arm.config['stages'][name]['parent']:
