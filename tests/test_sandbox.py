@@ -202,8 +202,9 @@ def test_verdicts_are_kept(monkeypatch):
 
 def test_a_killed_launcher_is_replaced():
     grade(hostile.PASS, ['assert f(2) == 4', 'assert f(3) == 6'])
-    sandbox._launcher().process.kill()
-    sandbox._launcher().process.wait()
+    process = sandbox._launcher().process
+    process.kill()
+    process.wait()
     assert grade(hostile.PASS, ['assert f(3) == 6', 'assert f(2) == 4']).score == 1
 
 
