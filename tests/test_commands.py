@@ -74,7 +74,7 @@ def test_files_that_are_missing(command: Command, tmp_path: Path) -> None:
     line = complaint(command('train', '--config=nowhere.py', workdir))
     assert '--config=nowhere.py: no such file' in line
     line = complaint(command('train', '--config=configs/demo.py:stuyd', workdir))
-    assert 'configs/demo.py:stuyd: expected no variant, or study' in line
+    assert 'configs/demo.py:stuyd: expected no variant, study or staged' in line
     assert not (tmp_path / 'work').exists()
 
 
