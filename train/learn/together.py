@@ -39,7 +39,8 @@ class Together:
     """Runs as many threads, which meet at every step: those of one program go through it as one batch (`jax.vmap`).
 
     Each run has its own loop, stream, checkpoints and log, and may end, go back or fail alone; the others go on. Steps
-    come to the same as alone but for the rounding of sums.
+    come to the same as alone but for the rounding of sums. A branch of a step becomes a choice between both its sides:
+    empty microbatches cost as much as full ones.
     """
 
     def __init__(self) -> None:
