@@ -190,7 +190,8 @@ def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None
         config = get_config(variant)
         for size in WIDTHS:
             config.update_from_flattened_dict(_sizes(size))
-            a_step = 6 * Model(stage_model(config.to_dict(), 'run')).parameter_counts['active'] * 8 * 128
+            active = Model(stage_model(config.to_dict(), 'run')).parameter_counts['active']
+            a_step = 6 * active * config.stages.run.batch_size * config.stages.run.sequence_length
             for compute in COMPUTE:
                 add({**_sizes(size), 'stages.run.steps': round(compute / a_step)}, f'{size} wide, {compute:.0e} FLOPs')
         return

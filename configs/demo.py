@@ -74,6 +74,10 @@ def get_config(variant: str = '') -> ConfigDict:
         evaluations=base_evaluations,
         optimizer={'learning_rate': 0.015, 'decay': 0.5},
     )
+    if variant == 'staged':
+        _add_recall(config)
+        _add_lengths(config)
+        return config
     # Reasoning is learnt in many small steps: half the rows in twice the steps gave nearly twice the problems solved.
     midtrain: dict[str, Any] = {
         'steps': 320,
@@ -111,17 +115,13 @@ def get_config(variant: str = '') -> ConfigDict:
         'optimizer': {**ADAM, 'learning_rate': 0.0005},
     }
     add_stage(config, 'grpo', 'grpo', parent='sft', **grpo)
-    if variant == 'staged':
-        for name in ('midtrain', 'sft', 'grpo'):
-            del config.stages[name]
-        _add_retrieval(config)
-        _add_lengths(config)
-    elif variant == 'study':
+    if variant == 'study':
         # How sharp is the fine-tuned model? Half the temperature lies between sampling and greedy.
         sft['evaluations'] = config.stages.sft.evaluations = ('chat_format', *judged, 'hard_half')
         # What would the same steps have bought on the pre-training mixture alone?
         add_stage(config, 'midtrain_control', 'midtrain', parent='pretrain', mixture=((0.0, general),), **midtrain)
-        _add_retrieval(config)
+        _add_recall(config)
+        _add_extension(config)
         # More steps of reinforcement learning than the demo has time for, and as many for each control.
         for seed in (0, 1, 2):
             end = f'_{seed}' if seed else ''
@@ -138,8 +138,8 @@ def get_config(variant: str = '') -> ConfigDict:
     return config
 
 
-def _add_retrieval(config: ConfigDict) -> None:
-    """Mid-training that teaches looking things up at the short length, then the same data in long and in short rows."""
+def _add_recall(config: ConfigDict) -> None:
+    """Mid-training that teaches looking things up at the short length."""
     needle: dict[str, Any] = {'type': 'task', 'format': 'completion', 'name': 'needle'}
     config.sources.update(
         repeats_2={'type': 'repeats', 'words': (2, 3)},
@@ -149,13 +149,9 @@ def _add_retrieval(config: ConfigDict) -> None:
         needle_few={**needle, 'pairs': (2, 8), 'questions': 2},
         needle_many={**needle, 'pairs': (6, 40), 'questions': 6},
         needle={**needle, 'pairs': (6, 40)},
-        needle_long={**needle, 'pairs': (100, 220), 'questions': 6},
-        needle_long_one={**needle, 'pairs': (100, 220)},
     )
-    config.evaluations.update(
-        retrieval_short={**TEXT, 'task': {'name': 'needle', 'pairs': (20, 50)}},  # 80 to 200 tokens
-        retrieval_long={**TEXT, 'task': {'name': 'needle', 'pairs': (150, 220)}},  # 600 to 900 tokens
-    )
+    # 80 to 200 tokens.
+    config.evaluations.retrieval_short = {**TEXT, 'task': {'name': 'needle', 'pairs': (20, 50)}}
     # Strings of two words first, nothing beside them: the circuit that copies forms there, or not at all in this time.
     recall = (
         (0.0, {'repeats_2': 1.0}),
@@ -178,6 +174,14 @@ def _add_retrieval(config: ConfigDict) -> None:
         evaluations=('bits_per_byte', 'retrieval_short'),
         optimizer={'learning_rate': 0.013},
     )
+
+
+def _add_extension(config: ConfigDict) -> None:
+    """From there the same data in long and in short rows."""
+    needle: dict[str, Any] = {'type': 'task', 'format': 'completion', 'name': 'needle', 'pairs': (100, 220)}
+    config.sources.update(needle_long={**needle, 'questions': 6}, needle_long_one=needle)
+    # 600 to 900 tokens.
+    config.evaluations.retrieval_long = {**TEXT, 'task': {'name': 'needle', 'pairs': (150, 220)}}
     theta = longer_base(config.model.rope_theta, LONG / SHORT, config.model.qk_rope_head_dim)
     extend: dict[str, Any] = {
         'parent': 'recall',
@@ -195,7 +199,6 @@ def _add_retrieval(config: ConfigDict) -> None:
 def _add_lengths(config: ConfigDict) -> None:
     """The context doubled again and again in as many tokens, each time behind a gate."""
     parent, solved, model = 'recall', 'retrieval_short', config.model
-    del config.stages.extend, config.stages.extend_short
     for length in LENGTHS:
         pairs = (length // 10, length // 5)  # of some four tokens
         tasks: dict[str, dict[str, Any]] = {
@@ -209,23 +212,21 @@ def _add_lengths(config: ConfigDict) -> None:
             config.evaluations[f'{name}_{length}'] = {**TEXT, 'task': task, 'items': 64, 'max_tokens': 24}
         config.sources[f'many_{length}'] = {**config.sources[f'needle_{length}'], 'questions': 6}
         own = {f'{name}_{length}': 0.15 if name == 'needle' else 0.05 for name in tasks}
-        fields: dict[str, Any] = {
-            'parent': parent,
-            'sequence_length': length,
-            'batch_size': 4096 // length,
-            'model': {'rope_theta': longer_base(model.rope_theta, length / SHORT, model.qk_rope_head_dim)},
-            'mixture': ((0.0, {'stdlib': 0.4, f'many_{length}': 0.3, **own}),),
-            'evaluations': ('bits_per_byte', 'retrieval_short', *own),
-            'gate': {solved: {'least': 0.8}, 'bits_per_byte': {'most': 1.02, 'times': 'recall'}},
-        }
+        theta = longer_base(model.rope_theta, length / SHORT, model.qk_rope_head_dim)
         add_stage(
             config,
             f'length_{length}',
             'midtrain',
+            parent=parent,
+            keep_optimizer=False,
             steps=90,
             save_every=90,
-            keep_optimizer=False,
+            batch_size=4096 // length,
+            sequence_length=length,
+            model={'rope_theta': theta},
+            mixture=((0.0, {'stdlib': 0.4, f'many_{length}': 0.3, **own}),),
+            evaluations=('bits_per_byte', 'retrieval_short', *own),
+            gate={solved: {'least': 0.8}, 'bits_per_byte': {'most': 1.02, 'times': 'recall'}},
             optimizer={'learning_rate': 0.005},
-            **fields,
         )
         parent, solved = f'length_{length}', f'needle_{length}'

@@ -126,23 +126,16 @@ def _handover(config: ConfigDict, common: dict[str, Any]) -> None:
     asked: dict[str, Any] = {'type': 'task', 'format': 'chat', **sums}
     config.sources.update(asked={**asked, 'operations': (1, 2)}, longer=asked)
     config.evaluations.update(short={**judged, 'task': {**sums, 'operations': 2}}, long={**judged, 'task': sums})
+    arm: dict[str, Any] = {**common, 'parent': f'{TRUNK}@800', 'steps': 400, 'batch_size': 16}
+    arm |= {'evaluations': tuple(config.evaluations)}
+    probe: dict[str, Any] = {'task': sums, 'prompts': 16, 'samples': 8, 'temperature': 1.2, 'max_tokens': 32}
+    probe |= {'batch_size': 128, 'microbatches': 4, 'sequence_length': 128, 'evaluations': ('short', 'long')}
+    probe |= {'steps': 80, 'optimizer': {**ADAM, 'learning_rate': 0.0006}}
+    mixtures = {'control': {'text': 0.4, 'asked': 0.6}, 'mid': {'text': 0.4, 'asked': 0.3, 'longer': 0.3}}
     for seed in SEEDS:
-        for arm, mixture in (
-            ('control', {'text': 0.4, 'asked': 0.6}),
-            ('mid', {'text': 0.4, 'asked': 0.3, 'longer': 0.3}),
-        ):
-            fields = {
-                **common,
-                'mixture': ((0.0, mixture),),
-                'evaluations': tuple(config.evaluations),
-                'batch_size': 16,
-            }
-            add_stage(config, f'{arm}_{seed}', 'midtrain', parent=f'{TRUNK}@800', steps=400, seed=seed, **fields)
-            probe: dict[str, Any] = {'task': sums, 'prompts': 16, 'samples': 8, 'temperature': 1.2, 'max_tokens': 32}
-            probe |= {'batch_size': 128, 'microbatches': 4, 'sequence_length': 128, 'evaluations': ('short', 'long')}
-            rate = {**ADAM, 'learning_rate': 0.0006}
-            probe |= {'parent': f'{arm}_{seed}', 'steps': 80, 'optimizer': rate, 'seed': seed}
-            add_stage(config, f'probe_{arm}_{seed}', 'grpo', **probe)
+        for name, mixture in mixtures.items():
+            add_stage(config, f'{name}_{seed}', 'midtrain', seed=seed, **{**arm, 'mixture': ((0.0, mixture),)})
+            add_stage(config, f'probe_{name}_{seed}', 'grpo', parent=f'{name}_{seed}', seed=seed, **probe)
 
 
 def sweep(add: Callable[[dict[str, Any], str], None], variant: str = '') -> None:

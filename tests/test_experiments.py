@@ -109,11 +109,8 @@ def test_arms_of_a_sweep_can_be_built(file: Any, variant: str, count: int, tmp_p
     """Stages that have no parent in a run of another config, as that would have to be trained before."""
     given = [variant] if variant else []
     made = arms(file.get_config(*given).to_dict(), *declared(file.__file__, *given))
-    assert (
-        len(made)
-        == count
-        == (1 if variant in ('mixture', 'scaling', 'budgets', 'accuracy') else 3) * len({arm.group for arm in made})
-    )
+    seeds = 1 if variant in ('mixture', 'scaling', 'budgets', 'accuracy') else 3
+    assert len(made) == count == seeds * len({arm.group for arm in made})
     for arm in (made[0], made[-1]):
         name = order(arm.config)[0]
         if not arm.config['stages'][name]['parent']:

@@ -95,9 +95,9 @@ class Together:
         """For `train.loop.Plan.compiled`: a run's step. Steps of one `program` differ in their arguments alone."""
 
         def take(*given: Any) -> tuple[Any, Any]:
-            shapes = jax.tree.map(lambda x: (x.shape, x.dtype), given)
-            leaves, tree = jax.tree.flatten(shapes)
-            call = _Call(threading.current_thread().name, (program, tuple(leaves), tree), step, given)
+            leaves, tree = jax.tree.flatten(given)
+            shapes = tuple((x.shape, x.dtype) for x in leaves)
+            call = _Call(threading.current_thread().name, (program, shapes, tree), step, given)
             with self._changed:
                 self._waiting.append(call)
                 self._changed.notify_all()
